@@ -1,0 +1,47 @@
+"""foveate: every attention mechanism of the literature behind a few shared primitives.
+
+foveate.find(kind="attention")                       # cards of what there is
+attn = foveate.create("flexprefill", gamma=0.95)     # callable on q, k, v
+with foveate.attach(model, prefill="flexprefill"):   # inside a transformers model
+    model.generate(...)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foveate.ops.backend import backend
+from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
+from foveate.registry import Card, create, find, register
+
+if TYPE_CHECKING:
+    from foveate.hf.attach import attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Card",
+    "Mask",
+    "__version__",
+    "attach",
+    "backend",
+    "causal",
+    "create",
+    "dense",
+    "documents",
+    "find",
+    "groups",
+    "padding",
+    "register",
+    "sinks",
+    "window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`attach` needs transformers: it is imported on first use."""
+    if name == "attach":
+        from foveate.hf.attach import attach
+
+        return attach
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")

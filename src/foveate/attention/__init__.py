@@ -1,0 +1,1 @@
+"""Mechanisms of kind "attention": q, k, v -> out."""

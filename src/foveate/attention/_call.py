@@ -1,0 +1,148 @@
+"""One attention call: what a model knows about it, its rows, its state, what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate import ops
+from foveate.ops import BlockLayout, Mask
+
+# Query rows on which a recorded call compares its mass with that of dense attention.
+_SAMPLED_ROWS = 64
+
+Slot = dict[str, Any]
+
+
+class Memory(dict[int, list[Slot]]):
+    """State that outlives a call: for every layer a list of slots, one per batch row."""
+
+    def rows(self, layer: int, batch: int) -> list[Slot]:
+        """The slots of a layer, made on first use."""
+        slots = self.setdefault(layer, [])
+        while len(slots) < batch:
+            slots.append({})
+        return slots
+
+
+class Record(NamedTuple):
+    """What one call did: its layout, the share of pairs it computed, of mass it kept."""
+
+    layer: int
+    phase: str
+    layout: BlockLayout
+    density: float
+    retained_mass: float
+
+
+class Result(NamedTuple):
+    """Output of a mechanism's computation; lse and layout are only there when recording."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    layout: BlockLayout | None = None
+
+
+@dataclass
+class Call:
+    """What only a model knows about an attention call.
+
+    layer is the index of `layers`; valid (B, Lk) bool marks real keys (False: padding); softcap
+    bounds the logits as in Gemma 2; memory lives as long as the sequence; record, if given, is
+    told what the call did. `state` is the memory of one row, layer -> slot: what a stateful
+    mechanism reads and writes.
+    """
+
+    layer: int = 0
+    layers: int = 1
+    phase: str = "prefill"
+    valid: Tensor | None = None
+    softcap: float | None = None
+    memory: Memory | None = None
+    record: Callable[[Record], None] | None = None
+    state: dict[int, Slot] = field(default_factory=dict)
+
+    def row(self, b: int, batch: int) -> Call:
+        """The call as one batch row sees it, without padding; fresh state if nothing keeps it."""
+        state: dict[int, Slot] = {self.layer: {}}
+        if self.memory is not None:
+            self.memory.rows(self.layer, batch)
+            state = {i: rows[b] for i, rows in self.memory.items() if len(rows) > b}
+        return dataclasses.replace(self, valid=None, memory=None, state=state)
+
+
+def phase_of(q_len: int, k_len: int) -> str:
+    """`decode` for a single query at the end of longer keys, else `prefill`."""
+    return "decode" if q_len == 1 and k_len > 1 else "prefill"
+
+
+class Row(NamedTuple):
+    """One batch row without its padding: `slots` are its keys, `rows` its queries."""
+
+    b: int
+    slots: Tensor | None
+    rows: slice | Tensor
+
+    def queries(self, q: Tensor) -> Tensor:
+        """The row's queries (1, Hq, l, D)."""
+        return q[self.b : self.b + 1, :, self.rows]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The row's keys or values (1, Hkv, n, D), a view where they are consecutive."""
+        return x[self.b : self.b + 1, :, slice(None) if self.slots is None else _span(self.slots)]
+
+
+def _span(at: Tensor) -> slice | Tensor:
+    """Ascending indices as a slice where they are consecutive."""
+    lo, n = int(at[0]), at.numel()
+    return slice(lo, lo + n) if int(at[-1]) - lo + 1 == n else at
+
+
+def rows_of(call: Call, batch: int, q_len: int) -> Iterator[tuple[int, Row, Call]]:
+    """The batch rows that hold a query, each without padding, and the call as the row sees it."""
+    for b in range(batch):
+        row = call.row(b, batch)
+        if call.valid is None:
+            yield b, Row(b, None, slice(None)), row
+            continue
+        rows = call.valid[b, -q_len:].nonzero().squeeze(-1)
+        if rows.numel():
+            yield b, Row(b, call.valid[b].nonzero().squeeze(-1), _span(rows)), row
+
+
+def measure(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    mask: Mask | None,
+    scale: float | None,
+    call: Call,
+    result: Result,
+) -> Record:
+    """Density from the layout; retained mass as exp(lse - dense lse) on evenly spaced rows."""
+    lq, lk = q.shape[2], k.shape[2]
+    layout = result.layout or ops.full_layout(lq, lk, 128, is_causal=causal)
+    mass = 1.0
+    if result.lse is not None:
+        rows = torch.linspace(0, lq - 1, min(lq, _SAMPLED_ROWS), device=q.device).long().unique()
+        _, dense = ops.attend(
+            q[:, :, rows],
+            k,
+            v,
+            causal=causal,
+            mask=mask,
+            scale=scale,
+            softcap=call.softcap,
+            q_pos=rows + max(lk - lq, 0),
+            return_lse=True,
+        )
+        seen = torch.isfinite(dense)
+        kept = torch.exp(result.lse[:, :, rows] - dense)[seen]
+        mass = float(kept.clamp_max(1).mean()) if kept.numel() else 1.0
+    return Record(call.layer, call.phase, layout, layout.density(causal), mass)

@@ -1,0 +1,349 @@
+"""Base classes of attention mechanisms: when they act, padding, state, and what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate import ops
+from foveate.attention._call import (
+    Call,
+    Memory,
+    Record,
+    Result,
+    Slot,
+    measure,
+    phase_of,
+    rows_of,
+)
+from foveate.ops import BlockLayout, Mask
+from foveate.registry import Card
+
+__all__ = [
+    "Attention",
+    "BlockSparse",
+    "Call",
+    "IndexReuse",
+    "Memory",
+    "Pattern",
+    "Record",
+    "Result",
+    "Slot",
+    "TokenSparse",
+    "dense_result",
+    "phase_of",
+    "token_layout",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """A mechanism `(q, k, v, *, causal, mask, scale, call) -> out`; its fields are its options.
+
+    Where it does not act (below `min_len` keys, in `dense_layers`, in a phase that is not on its
+    card) it is dense attention. Padded rows are run one by one without their padding, so that a
+    row never depends on its batch mates; so are all rows of a mechanism that keeps state.
+    """
+
+    card: ClassVar[Card]
+    stateful: ClassVar[bool] = False
+
+    min_len: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        call: Call | None = None,
+    ) -> Tensor:
+        """Attend: q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv)."""
+        shape = ops.check_qkv(q, k, v)
+        call = Call(phase=phase_of(shape.q_len, shape.k_len)) if call is None else call
+        padded = call.valid is not None and not bool(call.valid.all())
+        if not padded and not (self.stateful and self.acts(shape.k_len, call)):
+            call = dataclasses.replace(call, valid=None) if call.valid is not None else call
+            return self._run(q, k, v, causal, mask, scale, call)
+        out = q.new_zeros(*q.shape[:3], shape.v_dim)
+        for b, at, row in rows_of(call, shape.batch, shape.q_len):
+            rule = None if mask is None else mask.take(b, at.slots)
+            part = (at.queries(q), at.keys(k), at.keys(v))
+            out[b, :, at.rows] = self._run(*part, causal, rule, scale, row)[0]
+        return out
+
+    def after_prefill(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+        """Show a stateful decode mechanism the queries and keys of a finished prefill."""
+        for _, at, row in rows_of(call, q.shape[0], q.shape[2]):
+            self.prefilled(at.queries(q), at.keys(k), scale=scale, call=row)
+
+    def prefilled(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+        """Prepare `call.state` from one row's prefill; nothing by default."""
+
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Tensor:
+        """One call without padding: the mechanism where it acts, dense attention elsewhere."""
+        if not self.acts(k.shape[2], call):
+            return ops.attend(q, k, v, causal=causal, mask=mask, scale=scale, softcap=call.softcap)
+        result = self.compute(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        if call.record is not None:
+            call.record(measure(q, k, v, causal, mask, scale, call, result))
+        return result.out
+
+    def acts(self, k_len: int, call: Call) -> bool:
+        """Whether the mechanism itself runs, not dense attention in its place."""
+        here = call.layer not in {x % call.layers for x in self.dense_layers}
+        return here and k_len >= self.min_len and call.phase in self.card.phases
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """The mechanism proper; lse and layout are wanted when `call.record` is set."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparse(Attention):
+    """Exact attention over the key blocks that `select` chooses."""
+
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        ops.check_block("block", self.block)
+
+    def select(
+        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
+    ) -> BlockLayout | None:
+        """The blocks to read, None for all of them."""
+        raise NotImplementedError
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """Block-sparse attention over the selection."""
+        layout = self.select(q, k, causal=causal, scale=scale, call=call)
+        if layout is None:
+            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        out, lse = ops.block_sparse(
+            q,
+            k,
+            v,
+            layout,
+            causal=causal,
+            mask=mask,
+            scale=scale,
+            softcap=call.softcap,
+            return_lse=True,
+        )
+        return Result(out, lse, layout)
+
+
+def dense_result(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Mask | None,
+    scale: float | None,
+    call: Call,
+) -> Result:
+    """Dense attention as a mechanism's result."""
+    options: dict[str, Any] = {"causal": causal, "mask": mask, "scale": scale}
+    return Result(ops.attend(q, k, v, softcap=call.softcap, **options))
+
+
+def token_layout(idx: Tensor, valid: Tensor | None, k_len: int, width: int = 1) -> BlockLayout:
+    """The layout of token lists (B, H, Lq, m): blocks of one row and `width` keys."""
+    last = -(-k_len // width)
+    order = (idx if valid is None else idx.masked_fill(~valid, last)).sort(-1).values
+    counts = (order < last).sum(-1, dtype=torch.int32)
+    return BlockLayout(order.clamp_max(last - 1).int(), counts, (1, width), (idx.shape[2], k_len))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSparse(Attention):
+    """Exact attention of each query over the tokens that `select` lists for it."""
+
+    def select(
+        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Token lists idx (B, 1|Hkv|Hq, Lq, m) and their validity, None for all tokens."""
+        raise NotImplementedError
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """Gathered attention over the selection; a mask rules out listed tokens."""
+        chosen = self.select(q, k, causal=causal, scale=scale, call=call)
+        if chosen is None:
+            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        idx, valid = chosen
+        if mask is not None:
+            seen = _visible_tokens(mask, idx, k.shape[2])
+            valid = seen if valid is None else valid & seen
+        out, lse = ops.gather(
+            q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
+        )
+        layout = token_layout(idx, valid, k.shape[2]) if call.record is not None else None
+        return Result(out, lse, layout)
+
+
+def _visible_tokens(mask: Mask, idx: Tensor, k_len: int) -> Tensor:
+    """Which listed tokens a mask shows to their queries: like idx."""
+    b = torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1, 1)
+    h = torch.arange(idx.shape[1], device=idx.device).view(1, -1, 1, 1)
+    q_pos = torch.arange(idx.shape[2], device=idx.device) + k_len - idx.shape[2]
+    return mask(b, h, q_pos.view(1, 1, -1, 1), idx).expand_as(idx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(Attention):
+    """Attention under a mask that depends on positions alone."""
+
+    per_layer: ClassVar[bool] = False
+
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        ops.check_block("block", self.block)
+
+    def mask(self, q_len: int, k_len: int, call: Call) -> Mask:
+        """The pattern; causality is added to it. May read the layer if the class is `per_layer`."""
+        raise NotImplementedError
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """Attention over the blocks the pattern touches, the pattern applied inside them."""
+        lq, lk = q.shape[2], k.shape[2]
+        layer = (call.layer, call.layers) if self.per_layer else (0, 1)
+        options: dict[str, Any] = {"scale": scale, "softcap": call.softcap}
+        pattern = self.mask(lq, lk, call)
+        if lq == 1 and mask is None and pattern.heads == pattern.batch == 1:
+            idx = _tokens_of(self, lk, causal, *layer)
+            out, lse = ops.gather(q, k, v, idx, return_lse=True, **options)
+            return Result(out, lse, token_layout(idx, None, lk) if call.record else None)
+        layout = _layout_of(self, lq, lk, causal, *layer)
+        if mask is not None:
+            # The layout's `partial` knows the pattern only; another mask may cut any block.
+            pattern, layout = pattern & mask, dataclasses.replace(layout, partial=None)
+        options |= {"causal": causal, "mask": pattern}
+        out, lse = ops.block_sparse(q, k, v, layout, return_lse=True, **options)
+        return Result(out, lse, layout)
+
+
+def _rule(pattern: Pattern, q_len: int, k_len: int, causal: bool, layer: int, layers: int) -> Mask:
+    mask = pattern.mask(q_len, k_len, Call(layer=layer, layers=layers))
+    return mask & ops.causal() if causal else mask
+
+
+@lru_cache(maxsize=64)
+def _layout_of(pattern: Pattern, q_len: int, k_len: int, *rest: Any) -> BlockLayout:
+    """The layout of a pattern: made once for all layers that share it."""
+    block = (min(pattern.block, q_len), pattern.block)
+    return _rule(pattern, q_len, k_len, *rest).to_layout(q_len, k_len, block)
+
+
+@lru_cache(maxsize=64)
+def _tokens_of(pattern: Pattern, k_len: int, *rest: Any) -> Tensor:
+    """The tokens the last query sees (1, 1, 1, m)."""
+    seen = _rule(pattern, 1, k_len, *rest).to_dense(1, k_len)
+    return seen.view(-1).nonzero().view(1, 1, 1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReuse(Attention):
+    """Decoding that attends to everything now and then, and to the tokens that mattered between.
+
+    A call that is `due` runs dense attention and lets `choose` write the row's state; other calls
+    gather the tokens that `recall` reads from it. Subclasses differ in the rule, in the scope of
+    the lists (per query head, kv head or layer) and in what is always kept.
+    """
+
+    stateful: ClassVar[bool] = True
+
+    def due(self, q: Tensor, k_len: int, call: Call) -> bool:
+        """Whether this call attends to everything."""
+        raise NotImplementedError
+
+    def choose(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+        """Keep in `call.state` what later calls will read; called after a due call."""
+        raise NotImplementedError
+
+    def recall(self, k_len: int, call: Call) -> Tensor:
+        """Tokens to read now, (1, 1|Hkv|Hq, m)."""
+        raise NotImplementedError
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """Dense attention when due, gathered attention otherwise."""
+        if q.shape[2] > 1 or self.due(q, k.shape[2], call):
+            result = dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+            self.choose(q[:, :, -1:], k, scale=scale, call=call)
+            return result
+        idx = self.recall(k.shape[2], call)[:, :, None]
+        valid = None if mask is None else _visible_tokens(mask, idx, k.shape[2])
+        out, lse = ops.gather(
+            q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
+        )
+        layout = token_layout(idx, valid, k.shape[2]) if call.record is not None else None
+        return Result(out, lse, layout)

@@ -1,0 +1,1 @@
+"""Attention made for decoding over a long cache."""

@@ -1,0 +1,1 @@
+"""Mechanisms of kind "cache": what a KV cache stores."""

@@ -1,0 +1,64 @@
+"""Numerical primitives: pure functions on tensors that every mechanism stands on.
+
+Shapes: q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv), lse
+(B, Hq, Lq) float32. Query head h reads kv head h // (Hq // Hkv). With Lq < Lk the queries are the
+last Lq positions. A row that sees no key gives 0 and lse -inf.
+"""
+
+from foveate.ops.api import attend, block_sparse, gather
+from foveate.ops.backend import backend
+from foveate.ops.layout import (
+    BlockLayout,
+    causal_map,
+    from_map,
+    from_mask,
+    full_layout,
+    visible_pairs,
+)
+from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
+from foveate.ops.merge import merge
+from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
+from foveate.ops.rope import rope, unrope
+from foveate.ops.scores import block_mass, pool_blocks, token_scores
+from foveate.ops.select import force, threshold, top_k, top_p
+from foveate.ops.shapes import TileGrid, check_block, check_qkv
+from foveate.ops.tile import grouped_logits
+
+__all__ = [
+    "BlockLayout",
+    "Mask",
+    "Normalizer",
+    "Relu",
+    "Sigmoid",
+    "Softmax",
+    "TileGrid",
+    "attend",
+    "backend",
+    "block_mass",
+    "block_sparse",
+    "causal",
+    "causal_map",
+    "check_block",
+    "check_qkv",
+    "dense",
+    "documents",
+    "force",
+    "from_map",
+    "from_mask",
+    "full_layout",
+    "gather",
+    "grouped_logits",
+    "groups",
+    "merge",
+    "padding",
+    "pool_blocks",
+    "rope",
+    "sinks",
+    "threshold",
+    "token_scores",
+    "top_k",
+    "top_p",
+    "unrope",
+    "visible_pairs",
+    "window",
+]

@@ -1,0 +1,223 @@
+"""The three attention primitives: they check, choose the backend, and call it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+
+from torch import Tensor
+
+from foveate.ops import reference
+from foveate.ops.attend import attend_torch
+from foveate.ops.backend import current
+from foveate.ops.block_sparse import block_sparse_torch, check_layout
+from foveate.ops.gather import check_indices, gather_torch
+from foveate.ops.layout import BlockLayout
+from foveate.ops.mask import Mask
+from foveate.ops.normalizers import Normalizer, normalizer_of
+from foveate.ops.shapes import check_causal, check_qkv
+from foveate.ops.tile import check_bias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Common(TypedDict, total=False):
+        scale: float | None
+        bias: Tensor | None
+        softcap: float | None
+
+    class _Masked(_Common, total=False):
+        mask: Mask | None
+        causal: bool
+        q_pos: Tensor | None
+        k_pos: Tensor | None
+
+    class _Dense(_Masked, total=False):
+        normalizer: str | Normalizer
+
+    class _Gather(_Common, total=False):
+        width: int
+
+
+def _check_options(mask: Mask | None, softcap: float | None) -> None:
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a foveate Mask (wrap a bool tensor in Mask factory dense()), "
+            f"got {type(mask).__name__}"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Dense]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_Dense]
+) -> Tensor: ...
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    normalizer: str | Normalizer = "softmax",
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Dense attention, streamed over key blocks: never an Lq×Lk tensor in memory.
+
+    q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> out (B, Hq, Lq, Dv), and with
+    `return_lse` the natural log-sum-exp of the logits (B, Hq, Lq) float32 (softmax only).
+    `mask` and `causal` are joined; `bias` broadcasts to (B, Hq, Lq, Lk) and is differentiable;
+    `softcap` bounds logits by c·tanh(s/c); scale defaults to 1/sqrt(D). Positions (L,) or (B, L)
+    default to the last Lq of Lk. Raises ValueError or TypeError for what does not fit together.
+    """
+    shape = check_qkv(q, k, v)
+    check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
+    _check_options(mask, softcap)
+    rule = normalizer_of(normalizer)
+    run = reference.attend_reference if current() == "reference" else attend_torch
+    out, lse = run(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        scale=scale,
+        bias=check_bias(bias, shape),
+        softcap=softcap,
+        normalizer=rule,
+        q_pos=q_pos,
+        k_pos=k_pos,
+        return_lse=return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+@overload
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Masked],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[_Masked],
+) -> Tensor: ...
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    mask: Mask | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Exact softmax attention over the key blocks a layout chose; memory O(L·D + blocks).
+
+    Shapes and options as in `attend`; `layout` lists key blocks per query block, one list per
+    query head, per kv head or for all. `mask` and `causal` apply inside the blocks; the layout's
+    own `partial`, if it has one, says where they can matter and must then fit them.
+    """
+    shape = check_qkv(q, k, v)
+    check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
+    check_layout(layout, shape)
+    _check_options(mask, softcap)
+    plain = current() == "reference"
+    run = reference.block_sparse_reference if plain else block_sparse_torch
+    out, lse = run(
+        q,
+        k,
+        v,
+        layout,
+        mask=mask,
+        is_causal=causal,
+        scale=scale,
+        bias=check_bias(bias, shape),
+        softcap=softcap,
+        q_pos=q_pos,
+        k_pos=k_pos,
+    )
+    return (out, lse) if return_lse else out
+
+
+@overload
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    valid: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Gather],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    valid: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[_Gather],
+) -> Tensor: ...
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    valid: Tensor | None = None,
+    *,
+    width: int = 1,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Exact softmax attention of every query over its own list of tokens.
+
+    idx (B|1, 1|Hkv|Hq, Lq|1, m) lists tokens (width 1) or blocks of `width` tokens; one list
+    serves all queries where its axis is 1. `valid` (like idx, bool) marks entries that count. A
+    token listed twice counts twice: lists must be free of repeats. Other options as in `attend`.
+    """
+    shape = check_qkv(q, k, v)
+    check_indices(idx, valid, shape, width)
+    _check_options(None, softcap)
+    run = reference.gather_reference if current() == "reference" else gather_torch
+    out, lse = run(
+        q,
+        k,
+        v,
+        idx,
+        valid,
+        width=width,
+        scale=scale,
+        bias=check_bias(bias, shape),
+        softcap=softcap,
+    )
+    return (out, lse) if return_lse else out

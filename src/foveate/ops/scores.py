@@ -1,0 +1,208 @@
+"""Scores of blocks and tokens: pooled means, exact masses, observed attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from foveate.ops.mask import Mask
+from foveate.ops.mask import causal as causal_mask
+from foveate.ops.shapes import TileGrid, check_block, check_causal, check_qkv, positions
+from foveate.ops.tile import default_scale, grouped_logits
+
+# Logits of one step of a second pass.
+_PAIRS = 1 << 22
+
+
+def _pick(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def pool_blocks(
+    x: Tensor,
+    block: int,
+    *,
+    valid: Tensor | None = None,
+    mode: str = "mean",
+    lead: int = 0,
+) -> Tensor:
+    """Pool tokens by block: x (B, H, L, D) -> (B, H, n, D) float32, over real tokens only.
+
+    valid (B, L) bool leaves out padding; `lead` is the number of rows of the first block that lie
+    before x (blocks are cut on absolute positions); mode is mean, max or min. A block without a
+    real token pools to 0.
+    """
+    check_block("block", block)
+    _pick("mode", mode, ("mean", "max", "min"))
+    b, h, length, d = x.shape
+    n = -(-(lead + length) // block)
+    tail = n * block - lead - length
+    real = x.new_ones(b, length, dtype=torch.bool) if valid is None else valid
+    if valid is None and not lead and not tail and mode == "mean":
+        return x.view(b, h, n, block, d).mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    real = torch.nn.functional.pad(real, (lead, tail)).view(b, 1, n, block, 1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiles = torch.nn.functional.pad(wide, (0, 0, lead, tail)).view(b, h, n, block, d)
+    if mode == "mean":
+        return (tiles * real).sum(3) / real.sum(3).clamp_min(1)
+    sign = 1.0 if mode == "max" else -1.0
+    best = (tiles * sign).masked_fill(~real, float("-inf")).amax(3) * sign
+    return best.masked_fill(~real.any(3), 0.0)
+
+
+def _reduce(x: Tensor, how: str, dim: int) -> Tensor:
+    if how == "sum":
+        return x.sum(dim)
+    return x.amax(dim) if how == "max" else x.mean(dim)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: int | tuple[int, int],
+    *,
+    reduce_q: str = "sum",
+    reduce_k: str = "sum",
+    entry: Callable[[Tensor, Tensor], Tensor] | None = None,
+    causal: bool = True,
+    mask: Mask | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Exact attention mass of blocks, from a second pass over the logits.
+
+    lse (B, Hq, Lq) is that of the same attention. Returns (B, Hq, nQ, nK) float32, or
+    (B, Hq, Lq, nK) with reduce_q "none". reduce_q is sum, max, mean (over real rows) or none;
+    reduce_k sum or max; `entry(p, s)` may replace the probability p = exp(s - lse).
+    """
+    _pick("reduce_q", reduce_q, ("sum", "max", "mean", "none"))
+    _pick("reduce_k", reduce_k, ("sum", "max"))
+    bq, bk = (block, block) if isinstance(block, int) else block
+    shape = check_qkv(q, k)
+    check_causal(shape.q_len, shape.k_len, causal)
+    rule = mask if not causal else (causal_mask() if mask is None else mask & causal_mask())
+    q_pos, k_pos = positions(shape.q_len, shape.k_len, None, None, q.device)
+    grid = TileGrid.of(shape.q_len, shape.k_len, check_block("block rows", bq))
+    n_k = -(-shape.k_len // check_block("block keys", bk))
+    factor = default_scale(scale, shape.dim)
+    tiles = []
+    for t in range(grid.tiles):
+        lo = max(t * bq - grid.lead, 0)
+        rows = slice(lo, min((t + 1) * bq - grid.lead, shape.q_len))
+        s = grouped_logits(q[:, :, rows], k, factor)
+        if rule is not None:
+            at = (*rule.axes(q.device), q_pos[:, None, rows, None], k_pos[:, None, None])
+            s = s.masked_fill(~rule(*at), float("-inf"))
+        base = lse[:, :, rows, None]
+        p = torch.exp(s - base.masked_fill(torch.isinf(base), 0))
+        p = p if entry is None else entry(p, s)
+        p = torch.nn.functional.pad(p, (0, n_k * bk - shape.k_len))
+        p = _reduce(p.view(*p.shape[:3], n_k, bk), reduce_k, -1)
+        tiles.append(p if reduce_q == "none" else _reduce(p, reduce_q, 2)[:, :, None])
+    return torch.cat(tiles, 2)
+
+
+def token_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    valid: Tensor | None = None,
+    q_valid: Tensor | None = None,
+    causal: bool = True,
+    softmax: bool = True,
+    over: str = "mean",
+    group: str = "mean",
+    heads: str = "none",
+    pool: int = 0,
+    pool_mode: str = "avg",
+    scale: float | None = None,
+) -> Tensor:
+    """How much the queries (the last Lq positions) attend to each key: (B, Hkv or 1, Lk) float32.
+
+    Rows are softmaxed (or raw scaled logits), reduced over queries (`over`: mean, sum, max or
+    last), over the query heads of a kv head (`group`: mean, sum, max), optionally over all kv
+    heads (`heads`: none or sum), then pooled along the keys with an odd `pool` window (avg or
+    max). valid (B, Lk) marks real keys: others score -inf and are never pooled in; q_valid
+    (B, Lq) marks real queries: others add nothing.
+    """
+    _pick("over", over, ("mean", "sum", "max", "last"))
+    _pick("group", group, ("mean", "sum", "max"))
+    _pick("heads", heads, ("none", "sum"))
+    _pick("pool_mode", pool_mode, ("avg", "max"))
+    if pool and pool % 2 == 0:
+        raise ValueError(f"pool must be odd (or 0 for none), got {pool}")
+    shape = check_qkv(q, k)
+    check_causal(shape.q_len, shape.k_len, causal)
+    if over == "last":
+        q, q_valid = q[:, :, -1:], None if q_valid is None else q_valid[:, -1:]
+    scores = torch.stack(
+        [
+            _observed(q[b : b + 1], k[b : b + 1], valid, q_valid, b, causal, softmax, over, scale)
+            for b in range(shape.batch)
+        ]
+    )
+    scores = scores.view(shape.batch, shape.kv_heads, shape.group, shape.k_len)
+    scores = _reduce(scores, group, 2)
+    if heads == "sum":
+        scores = scores.sum(1, keepdim=True)
+    if pool > 1:
+        scores = _smooth(scores, valid, pool, pool_mode)
+    return scores if valid is None else scores.masked_fill(~valid[:, None], float("-inf"))
+
+
+def _observed(
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor | None,
+    q_valid: Tensor | None,
+    row: int,
+    is_causal: bool,
+    softmax: bool,
+    over: str,
+    scale: float | None,
+) -> Tensor:
+    """Scores of one batch row reduced over its queries: (Hq, Lk)."""
+    lq, lk = q.shape[2], k.shape[2]
+    factor = default_scale(scale, q.shape[3])
+    step = max(1, _PAIRS // (q.shape[1] * lk))
+    total = None
+    count = 0
+    for lo in range(0, lq, step):
+        rows = torch.arange(lo, min(lo + step, lq), device=q.device)
+        if q_valid is not None:
+            rows = rows[q_valid[row, rows]]
+        if rows.numel() == 0:
+            continue
+        s = grouped_logits(q[:, :, rows], k, factor)[0]
+        keys = torch.arange(lk, device=q.device)
+        hidden = (keys > rows[:, None] + lk - lq) if is_causal else keys < 0
+        if valid is not None:
+            hidden = hidden | ~valid[row]
+        s = s.masked_fill(hidden, float("-inf"))
+        s = torch.softmax(s, -1).nan_to_num(0.0) if softmax else s.masked_fill(hidden, 0.0)
+        part = s.amax(1) if over == "max" else s.sum(1)
+        if total is None:
+            total = part
+        else:
+            total = torch.maximum(total, part) if over == "max" else total + part
+        count += rows.numel()
+    if total is None:
+        return q.new_zeros(q.shape[1], lk, dtype=torch.float32)
+    return total / count if over == "mean" else total
+
+
+def _smooth(scores: Tensor, valid: Tensor | None, pool: int, mode: str) -> Tensor:
+    """Average or maximum over a window of neighbouring keys, real ones only."""
+    if mode == "max":
+        hidden = scores if valid is None else scores.masked_fill(~valid[:, None], float("-inf"))
+        return torch.nn.functional.max_pool1d(hidden, pool, 1, pool // 2)
+    if valid is None:
+        ones = scores.new_ones(1, 1, scores.shape[-1])
+    else:
+        ones = valid[:, None].to(scores.dtype)
+    total = torch.nn.functional.avg_pool1d(scores * ones, pool, 1, pool // 2)
+    return total / torch.nn.functional.avg_pool1d(ones, pool, 1, pool // 2).clamp_min(1e-12)
