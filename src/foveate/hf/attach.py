@@ -1,0 +1,241 @@
+"""`attach`: run any mechanism inside a transformers model, and put the model back afterwards."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from foveate.attention.base import Attention, Call, Memory, Record
+from foveate.cache.base import CachePolicy, Codec, Eviction
+from foveate.hf.adopt import adopt, announce
+from foveate.hf.codec import CodecLayer
+from foveate.hf.eviction import EvictionLayer
+from foveate.hf.layers import PolicyLayer, SlidingLayer
+from foveate.hf.masks import layer_mask, understand
+from foveate.hf.plan import attention_plan, cache_plan
+from foveate.registry import create
+
+_NAME = "foveate"
+_attached: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+# Arguments of attention functions that change the result and that no mechanism understands.
+_FOREIGN = ("s_aux", "position_bias")
+
+
+def attach(model: Any, *, prefill: Any = None, decode: Any = None, cache: Any = None) -> Attachment:
+    """Run mechanisms inside a transformers decoder; use as a context manager or call `detach`.
+
+    Each slot takes a mechanism, a name, a `name:key=value,…` string, a list with one entry per
+    layer (an entry may be a list with one per kv head) or a dict {layer: entry}; None is dense
+    attention and a full cache. Raises TypeError for what is no suitable mechanism or model and
+    RuntimeError when the model is already attached. On exit the model is exactly as before.
+    """
+    return Attachment(model, prefill, decode, cache)
+
+
+class Attachment:
+    """A model with mechanisms in its slots; `record`, if set, is told what every call did."""
+
+    def __init__(self, model: Any, prefill: Any, decode: Any, cache: Any) -> None:
+        self.decoder = _decoder_of(model)
+        config = self.decoder.config
+        self.layers = int(config.num_hidden_layers)
+        self.prefill = attention_plan("prefill", prefill, self.layers)
+        self.decode = attention_plan("decode", decode, self.layers)
+        self.policies = cache_plan(cache, self.layers)
+        _check_slots(self.decode, self.policies)
+        self.dense: Attention = create("dense")
+        self.record: Callable[[Record], None] | None = None
+        self._cache: Any = None
+        self._memory = Memory()
+        self._config = config
+        self._before = config._attn_implementation_internal
+        self._hooks = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._hooks.append(self.decoder.register_forward_hook(self._leave, always_call=True))
+        if any(isinstance(p, Codec) for p in self.policies):
+            for index, block in enumerate(_blocks_of(self.decoder, self.layers)):
+                hook = _watch(self, index)
+                self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        AttentionInterface.register(_NAME, _attend)
+        AttentionMaskInterface.register(_NAME, layer_mask)
+        config._attn_implementation_internal = _NAME
+        _attached.update(dict.fromkeys(self.decoder.modules(), self))
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Put the model back as it was; harmless when done twice."""
+        if self._hooks:
+            self._config._attn_implementation_internal = self._before
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            for module in self.decoder.modules():
+                _attached.pop(module, None)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder runs: give the cache our layers, and make one if it would."""
+        names = inspect.signature(type(module).forward).parameters
+        kwargs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        wanted = kwargs.get("use_cache")
+        wanted = getattr(self._config, "use_cache", False) if wanted is None else wanted
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if cache is None and wanted and not checkpointing:
+            cache = kwargs["past_key_values"] = DynamicCache(config=self._config)
+        self._cache, self._memory = cache, Memory()
+        if cache is not None:
+            self._memory = adopt(cache, self.policies, self.decoder)
+            announce(cache, kwargs)
+        return (), kwargs
+
+    def _leave(self, *_: Any) -> None:
+        self._cache, self._memory = None, Memory()
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Any,
+        scale: float | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """One layer's attention: q (B, Hq, Lq, D), k, v (B, Hkv, Lk, ·) -> (B, Hq, Lq, Dv)."""
+        index = int(getattr(module, "layer_idx", 0) or 0)
+        layers = getattr(self._cache, "layers", [])
+        layer = layers[index] if index < len(layers) else None
+        q_len, k_len = q.shape[2], k.shape[2]
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        seen = understand(attention_mask, bool(causal), q_len)
+        if isinstance(layer, PolicyLayer):
+            if seen.rule is not None and isinstance(layer, EvictionLayer):
+                raise ValueError(
+                    "a cache that drops tokens needs plain causal attention, but this call comes "
+                    "with a mask of its own (packed documents, prefixes or a 4-D mask)"
+                )
+            valid = layer.admit(seen.valid(q_len), q.shape[0], q_len)
+        else:
+            valid = seen.valid(k_len)
+        past = layer is not None and layer.get_seq_length() > q_len
+        call = Call(
+            layer=index,
+            layers=self.layers,
+            phase="decode" if q_len == 1 and past else "prefill",
+            valid=valid,
+            softcap=options.get("softcap"),
+            memory=self._memory,
+            record=self.record,
+        )
+        mechanism = self._mechanism(call.phase, index, layer)
+        out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
+        if isinstance(layer, PolicyLayer):
+            layer.finish(q, scale=scale, record=self.record, at=index)
+        follower = self._mechanism("decode", index, layer)
+        if call.phase == "prefill" and follower.stateful and layer is not None:
+            if isinstance(layer, EvictionLayer):
+                k, call.valid = layer.keys, layer.valid
+            follower.after_prefill(q[:, :, -1:], k, scale=scale, call=call)
+        return out
+
+    def _mechanism(self, phase: str, index: int, layer: Any) -> Attention:
+        """Who attends; slots of a sliding layer move, so no list of them can be kept there."""
+        plan = self.prefill if phase == "prefill" else self.decode
+        chosen = plan[index] if index < self.layers else None
+        if chosen is None or (chosen.stateful and isinstance(layer, SlidingLayer)):
+            return self.dense
+        return chosen
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers."""
+    attachment = _attached.get(module)
+    if attachment is None:
+        raise RuntimeError(
+            "this model shares its config object with an attached model: detach that one first, "
+            "or build the models from separate configs"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout {dropout} is not supported while attached: call model.eval() or "
+            "set attention_dropout to 0"
+        )
+    for name in _FOREIGN:
+        if options.get(name) is not None:
+            raise ValueError(f"this model's attention takes {name}, which attach does not support")
+    out = attachment.attend(module, query, key, value, attention_mask, scaling, options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _decoder_of(model: Any) -> Any:
+    """The decoder inside a model; TypeError or RuntimeError when attach cannot serve it."""
+    config, get_decoder = getattr(model, "config", None), getattr(model, "get_decoder", None)
+    if config is None or get_decoder is None:
+        raise TypeError(f"attach needs a transformers model, got {type(model).__name__}")
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder model: attach serves decoders only")
+    decoder = get_decoder()
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise TypeError(
+            f"{name} does not go through transformers' attention interface: its attention cannot "
+            "be exchanged from outside"
+        )
+    if any(module in _attached for module in decoder.modules()):
+        raise RuntimeError(f"{name} is already attached: leave that block or call detach() first")
+    return decoder
+
+
+def _check_slots(decode: list[Attention | None], policies: list[CachePolicy | None]) -> None:
+    """Refuse a decode mechanism that keeps lists of slots over a cache whose slots move."""
+    for index, (mechanism, policy) in enumerate(zip(decode, policies, strict=True)):
+        moving = isinstance(policy, Eviction) and policy.evicts_decoding
+        if mechanism is not None and mechanism.stateful and policy is not None and moving:
+            raise ValueError(
+                f"layer {index}: decode={mechanism.card.name} keeps lists of cache slots, but "
+                f"cache={policy.card.name} moves slots at every step; choose another pair"
+            )
+
+
+def _blocks_of(decoder: nn.Module, layers: int) -> nn.ModuleList:
+    """The list of decoder layers."""
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == layers:
+            return child
+    raise TypeError(f"{type(decoder).__name__} has no list of {layers} layers to watch")
+
+
+def _watch(attachment: Attachment, index: int) -> Callable[..., None]:
+    """A hook that shows a codec layer the input of its decoder layer."""
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        layers = getattr(attachment._cache, "layers", [])
+        if index < len(layers) and isinstance(layers[index], CodecLayer):
+            layers[index].hidden = args[0] if args else kwargs.get("hidden_states")
+
+    return hook

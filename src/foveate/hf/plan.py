@@ -1,0 +1,146 @@
+"""What runs where: the slots of `attach` spelled out per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention.base import Attention, Call, Result
+from foveate.cache.base import CachePolicy
+from foveate.ops import Mask
+from foveate.registry import Card, create, lookup
+
+SLOTS = ("prefill", "decode", "cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead(Attention):
+    """A mechanism for each kv head and the query heads that read it."""
+
+    card = Card(
+        name="per_head",
+        title="A plan per head",
+        claim="each kv head has its own mechanism",
+        kind="attention",
+        family="dense",
+    )
+
+    heads: tuple[Attention, ...] = ()
+
+    def compute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Mask | None,
+        scale: float | None,
+        call: Call,
+    ) -> Result:
+        """Run every distinct mechanism on its heads."""
+        if len(self.heads) != k.shape[1]:
+            raise ValueError(f"the plan names {len(self.heads)} kv heads, k has {k.shape[1]}")
+        group = q.shape[1] // k.shape[1]
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for mechanism in dict.fromkeys(self.heads):
+            at = torch.tensor([i for i, m in enumerate(self.heads) if m == mechanism])
+            rows = (at[:, None] * group + torch.arange(group)).flatten()
+            part = (q[:, rows], k[:, at], v[:, at])
+            if mask is not None and mask.heads > 1:
+                raise ValueError(
+                    "a plan per head cannot be joined with a mask that differs by head"
+                )
+            out[:, rows] = mechanism(*part, causal=causal, mask=mask, scale=scale, call=call)
+        return Result(out)
+
+
+def slots_of(spec: str) -> dict[str, str]:
+    """The slots a comparison spec fills: `slot=mechanism` parts joined by `+`.
+
+    A part without a slot goes where its card says: `snapkv` to cache, `tidal` to decode,
+    `flexprefill` to prefill, a mechanism made for both phases to prefill and decode.
+    """
+    slots: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in spec.split("+"))):
+        slot, sign, rest = part.partition("=")
+        if sign and slot.strip() in SLOTS:
+            wanted = {slot.strip(): rest.strip()}
+        else:
+            card = lookup(part.partition(":")[0].strip()).card
+            places = ("cache",) if card.kind == "cache" else card.phases
+            wanted = dict.fromkeys(places, part)
+        for name, value in wanted.items():
+            if name in slots:
+                raise ValueError(f"{spec!r} fills the slot {name} twice")
+            slots[name] = value
+    if not slots:
+        raise ValueError("an empty spec names no mechanism")
+    return slots
+
+
+def attention_plan(slot: str, value: Any, layers: int) -> list[Attention | None]:
+    """A mechanism (or None: dense) for each layer from what the caller gave for a slot."""
+    return [_attention(slot, x) for x in _spread(slot, value, layers)]
+
+
+def cache_plan(value: Any, layers: int) -> list[CachePolicy | None]:
+    """A policy (or None: store everything) for each layer."""
+    return [_policy(x) for x in _spread("cache", value, layers)]
+
+
+def _spread(slot: str, value: Any, layers: int) -> list[Any]:
+    """One entry per layer from one value, a list with one per layer, or {layer: value}."""
+    if isinstance(value, Mapping):
+        wrong = [k for k in value if not isinstance(k, int) or not -layers <= k < layers]
+        if wrong:
+            raise ValueError(f"{slot} plan: no layer {wrong[0]!r}; the model has {layers}")
+        table = {k % layers: v for k, v in value.items()}
+        return [table.get(i) for i in range(layers)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != layers:
+            raise ValueError(f"{slot} plan has {len(value)} entries; the model has {layers} layers")
+        return list(value)
+    made = create(value) if isinstance(value, str) else value
+    return [made] * layers
+
+
+def _attention(slot: str, value: Any) -> Attention | None:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        heads = [create("dense") if x is None else _attention(slot, x) for x in value]
+        return PerHead(heads=tuple(h for h in heads if h is not None))
+    made = create(value) if isinstance(value, str) else value
+    if made is None:
+        return None
+    if not isinstance(made, Attention):
+        raise TypeError(f"the slot {slot} takes a mechanism of kind attention, got {_name(made)}")
+    if not isinstance(made, PerHead) and slot not in made.card.phases:
+        raise ValueError(
+            f"{made.card.name} is made for {' and '.join(made.card.phases)}: it cannot fill the "
+            f"slot {slot}"
+        )
+    return made
+
+
+def _policy(value: Any) -> CachePolicy | None:
+    made = create(value) if isinstance(value, str) else value
+    if made is not None and not isinstance(made, CachePolicy):
+        raise TypeError(f"the slot cache takes a mechanism of kind cache, got {_name(made)}")
+    return made
+
+
+def _name(made: Any) -> str:
+    card = getattr(made, "card", None)
+    return f"{card.name} (kind {card.kind})" if card is not None else repr(made)
+
+
+def python_line(slots: Mapping[str, str]) -> str:
+    """The Python that uses a choice of slots."""
+    if not slots:
+        return "model.generate(...)"
+    args = ", ".join(f'{slot}="{spec}"' for slot, spec in slots.items())
+    return f"with foveate.attach(model, {args}):\n    model.generate(...)"
