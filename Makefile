@@ -11,7 +11,7 @@ demo: $(READY)
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/foveate model
+	$(BIN)/foveate model --fetch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy src

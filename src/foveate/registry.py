@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -105,6 +107,16 @@ def lookup(name: str) -> Any:
     if name not in _classes:
         raise ValueError(f"unknown mechanism {name!r}{_nearest(name, names())}")
     return _classes[name]
+
+
+def load_plugin(path: Path) -> None:
+    """Run a Python file that registers mechanisms of your own; ValueError when it cannot be run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"plugin {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

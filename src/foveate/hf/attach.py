@@ -144,6 +144,8 @@ class Attachment:
             record=self.record,
         )
         mechanism = self._mechanism(call.phase, index, layer)
+        if mechanism is self.dense:
+            call.record = None
         out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
         if isinstance(layer, PolicyLayer):
             layer.finish(q, scale=scale, record=self.record, at=index)

@@ -63,11 +63,10 @@ class CodecLayer(PolicyLayer):
             k = ops.rope(k, *rope)
         k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         if self.kept:
-            at = self.kept["slot"][:, None, :, None].long()
-            real = at >= 0
+            row, nth = (self.kept["slot"] >= 0).nonzero(as_tuple=True)
+            slot = self.kept["slot"][row, nth].long()
             for x, exact in ((k, self.kept["k"]), (v, self.kept["v"])):
-                where = at.clamp_min(0).expand_as(exact)
-                x.scatter_(2, where, torch.where(real, exact, x.gather(2, where)))
+                x[row, :, slot] = exact[row, :, nth]
         return torch.cat([k, key_states], 2), torch.cat([v, value_states], 2)
 
     def _rotation(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:

@@ -1,0 +1,136 @@
+"""One run of a model with mechanisms attached: prefill, then decoding, timed or recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention.base import Record
+from foveate.bench.maps import CELLS, block_map
+from foveate.hf.attach import attach
+from foveate.hf.layers import Stateful
+
+# Rows of logits made at once: a whole prompt of logits over a large vocabulary fills the memory.
+_ROWS = 256
+
+
+@dataclass
+class Recording:
+    """Mean density and retained mass by phase, and the picture of one head of one layer."""
+
+    layer: int
+    head: int
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    picture: list[list[float | None]] = field(default_factory=list)
+    phase: str = ""
+
+    def __call__(self, record: Record) -> None:
+        """Take in what one call did."""
+        for key, value in (("density", record.density), ("retained_mass", record.retained_mass)):
+            entry = self.sums.setdefault(f"{key}.{record.phase}", [0.0, 0.0])
+            entry[0] += value
+            entry[1] += 1
+        # One prefill call is a whole picture; decoding adds a row a step.
+        room = not self.picture or (record.phase == "decode" and len(self.picture) < CELLS)
+        if record.layer == self.layer and self.phase in ("", record.phase) and room:
+            self.phase = record.phase
+            self.picture += block_map(record.layout, self.head)
+
+    def mean(self, key: str, phase: str) -> float | None:
+        """Mean over calls, None when the phase was dense."""
+        total, count = self.sums.get(f"{key}.{phase}", (0.0, 0.0))
+        return total / count if count else None
+
+
+@dataclass
+class Run:
+    """What a run gives: seconds, the prompt's last hidden states, logits of the decoded steps."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    hidden: Tensor
+    logits: Tensor
+    kv_bytes: int
+
+
+def body(model: Any) -> Any:
+    """The model without its language-model head."""
+    return model.get_decoder()
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (n, vocabulary) in float32 of hidden states (n, width), as the model makes them."""
+    logits = model.get_output_embeddings()(hidden)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.float()
+
+
+@torch.inference_mode()
+def run(
+    model: Any,
+    slots: Mapping[str, str],
+    prompt: Tensor,
+    then: Tensor,
+    record: Recording | None = None,
+) -> Run:
+    """Prefill `prompt` (1, T), then decode the tokens of `then` (1, S) one at a time."""
+    with attach(model, **slots) as attached:
+        attached.record = record
+        start = time.perf_counter()
+        out = body(model)(prompt, use_cache=True)
+        head_logits(model, out.last_hidden_state[0, -1:])
+        middle = time.perf_counter()
+        cache, steps = out.past_key_values, []
+        for step in range(then.shape[1]):
+            token = then[:, step : step + 1]
+            state = body(model)(token, past_key_values=cache, use_cache=True).last_hidden_state
+            steps.append(head_logits(model, state[0]))
+        end = time.perf_counter()
+    held = sum(x.nbytes() for x in cache.layers if isinstance(x, Stateful))
+    hidden = out.last_hidden_state[0]
+    return Run(middle - start, end - middle, hidden, torch.cat(steps), held)
+
+
+@torch.inference_mode()
+def answer(model: Any, slots: Mapping[str, str], prompt: Tensor, tokens: int) -> list[int]:
+    """The greedy continuation of a prompt, `tokens` long."""
+    with attach(model, **slots):
+        out = body(model)(prompt, use_cache=True)
+        said = []
+        for _ in range(tokens):
+            token = head_logits(model, out.last_hidden_state[0, -1:]).argmax(-1)
+            said.append(int(token))
+            if len(said) < tokens:
+                cache = out.past_key_values
+                out = body(model)(token[None], past_key_values=cache, use_cache=True)
+    return said
+
+
+@torch.inference_mode()
+def perplexity(model: Any, hidden: Tensor, targets: Tensor) -> float:
+    """exp of the mean loss of hidden states (n, width) whose next tokens are targets (n,)."""
+    total = 0.0
+    for lo in range(0, targets.numel(), _ROWS):
+        logits = head_logits(model, hidden[lo : lo + _ROWS])
+        rows = targets[lo : lo + _ROWS]
+        total += float(torch.nn.functional.cross_entropy(logits, rows, reduction="sum").double())
+    return float(torch.tensor(total / targets.numel()).exp())
+
+
+@torch.inference_mode()
+def divergence(dense: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean KL(dense ‖ other) in nats and top-1 agreement of logits (n, vocabulary)."""
+    kl = 0.0
+    for lo in range(0, dense.shape[0], _ROWS):
+        p = torch.log_softmax(dense[lo : lo + _ROWS], -1)
+        r = torch.log_softmax(other[lo : lo + _ROWS], -1)
+        kl += float((p.exp() * (p - r)).sum().double())
+    same = (dense.argmax(-1) == other.argmax(-1)).float().mean()
+    return max(kl / dense.shape[0], 0.0), float(same)

@@ -1,0 +1,279 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+
+from foveate import registry
+from foveate.papers import papers as all_papers
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which attention should this model use, on this text, on this machine?",
+)
+# Where nothing says how wide the terminal is (a pipe, a log), tables get the room they need.
+out = Console(width=None if sys.stdout.isatty() else 150)
+err = Console(stderr=True)
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; default: the built-in model.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file; default: the Python language reference.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 4096,
+    specs: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="[slot=]mechanism[:key=value,…][+…]; repeat for several."),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
+        "foveate-report"
+    ),
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Rounds of timing.")] = 3,
+    needles: Annotated[int, typer.Option(help="Needle depths to try; 0 for none.")] = 5,
+    needle_tokens: Annotated[
+        int | None, typer.Option(help="Length of a needle prompt; default: up to 2048.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(help="Perplexity the winner may lose, %.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pass keys.")] = 0,
+    allow_long: Annotated[bool, typer.Option(help="Go beyond the model's context.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Overwrite other results in --out.")] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Python file that registers mechanisms; trusted.")
+    ] = None,
+) -> None:
+    """Measure mechanisms against dense attention: speed, memory, quality, needles."""
+    from foveate.bench.compare import DEFAULT_SPECS, Comparison, Settings, check_specs
+    from foveate.bench.store import check_writable
+    from foveate.hf import builtin
+    from foveate.hf.text import builtin_text, read_text, text_sha256
+
+    for path in plugin or []:
+        registry.load_plugin(path)
+    chosen = specs or list(DEFAULT_SPECS)
+    check_specs(chosen)
+    check_writable(folder)
+    content = read_text(text) if text else builtin_text()
+    settings = Settings(
+        model=str(Path(model).resolve()) if model and Path(model).exists() else model or "built-in",
+        text=str(text) if text else "Python language reference (pydoc_data.topics)",
+        text_sha256=text_sha256(content),
+        tokens=tokens,
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+        needle_depths=tuple(round((i + 0.5) / needles, 3) for i in range(max(needles, 0))),
+        needle_tokens=needle_tokens or min(tokens, 2048),
+        max_loss=max_loss,
+        seed=seed,
+    )
+    if threads is not None:
+        _set_threads(threads)
+    with err.status("loading the model"):
+        loaded, tokenizer = builtin.load(model, progress=err.log)
+    _check_context(loaded, settings.longest(), allow_long)
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    job = Comparison(
+        loaded, tokenizer, content, settings, chosen, folder, command=command, fresh=fresh
+    )
+    _measure(job)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def _check_context(model: Any, longest: int, allow_long: bool) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or longest <= context:
+        return
+    message = f"{longest} tokens are beyond the model's context of {context}"
+    if not allow_long:
+        raise ValueError(f"{message}: ask for fewer --tokens, or go on with --allow-long")
+    err.print(f"[yellow]warning:[/] {message}; quality beyond it says little")
+
+
+def _measure(job: Any) -> None:
+    """Run what is left of a comparison, write the page, print the table."""
+    if job.resumed:
+        err.print(f"resuming: {job.resumed} finished measurements found in {job.results.path}")
+    interrupted = False
+    try:
+        _walk(job)
+    except KeyboardInterrupt:
+        interrupted = True
+    job.finish()
+    page = _show(job.results)
+    if interrupted:
+        err.print(f"[yellow]interrupted:[/] what is finished is in {job.results.path}")
+        err.print("run the same command again to go on from there")
+        raise typer.Exit(130)
+    out.print(f"report: {page}")
+
+
+def _walk(job: Any) -> None:
+    bar = Progress(
+        SpinnerColumn(),
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+    )
+    steps = job.todo()
+    with bar:
+        task = bar.add_task("measuring", total=len(steps))
+        for label, step in steps:
+            bar.update(task, description=label)
+            step()
+            bar.advance(task)
+
+
+def _show(results: Any) -> Path:
+    from foveate.report import compare as page
+    from foveate.report.terminal import comparison
+
+    path = page.write(results.data, results.folder / "report.html")
+    out.print(comparison(results.data, out.width))
+    if any(not m["selection_causal"] for m in results.data["mechanisms"]):
+        out.print("† its choice sees later tokens: judge it by KL and needles", style="dim")
+    winner = results.data["winner"]
+    if winner:
+        out.print(f"\n★ [bold]{winner['spec']}[/]: {winner['reason']}\n")
+        out.print(winner["python"], style="cyan", highlight=False)
+        out.print()
+    return path
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Option(help=", ".join(registry.KINDS))] = None,
+    family: Annotated[str | None, typer.Option(help="e.g. sparse, decode")] = None,
+    pretrained: Annotated[str | None, typer.Option(help=", ".join(registry.PRETRAINED))] = None,
+) -> None:
+    """The mechanisms of the library."""
+    from foveate.report.terminal import grid
+
+    cards = registry.find(kind=kind, family=family, pretrained=pretrained)
+    if not cards:
+        raise ValueError("no mechanism matches; `foveate list` shows them all")
+    lines = [
+        (c.name, c.kind, c.family, " ".join(c.phases), c.pretrained, str(c.year or ""), c.claim)
+        for c in cards
+    ]
+    head = ("name", "kind", "family", "phases", "pretrained", "year", "claim")
+    out.print(grid(head, lines))
+
+
+@app.command()
+def show(name: str) -> None:
+    """The card of one mechanism and its options."""
+    from foveate.report.terminal import grid
+
+    cls = registry.lookup(name)
+    card = cls.card
+    paper = f"paper {card.paper}, " if card.paper is not None else ""
+    out.print(f"[bold]{card.name}[/]: {card.title} ({paper}{card.year or 'baseline'})")
+    out.print(inspect.getdoc(cls) or "", highlight=False)
+    facts = ("claim", "kind", "family", "patterns", "phases", "pretrained", "selection_causal")
+    lines = []
+    for key in (*facts, "cost", "decoding", "confidence"):
+        value = getattr(card, key)
+        lines.append((key, ", ".join(value) if isinstance(value, tuple) else str(value)))
+    out.print(grid(("card", ""), lines))
+    options = [(f.name, str(f.type), str(f.default)) for f in dataclasses.fields(cls)]
+    out.print(grid(("option", "type", "default"), options))
+
+
+@app.command()
+def papers(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    missing: Annotated[bool, typer.Option(help="Only what is still planned.")] = False,
+) -> None:
+    """The papers of the field: in the library, planned, or not a mechanism."""
+    from foveate.report.terminal import grid
+
+    held = {card.paper: card.name for card in registry.find() if card.paper is not None}
+    states = {p: _state(p, held) for p in all_papers()}
+    chosen = [p for p in states if family is None or p.family == family]
+    if not chosen:
+        known = ", ".join(sorted({p.family for p in states}))
+        raise ValueError(f"no paper of family {family!r}; known: {known}")
+    chosen = [p for p in chosen if not missing or states[p] == "planned"]
+    lines = [(str(p.number), p.family, p.short_name, p.title, states[p]) for p in chosen]
+    out.print(grid(("paper", "family", "name", "title", "state"), lines))
+    count = list(states.values()).count
+    here = len(states) - count("planned") - count("not a mechanism")
+    out.print(
+        f"{len(states)} papers: {here} in the library, {count('planned')} planned, "
+        f"{count('not a mechanism')} not a mechanism"
+    )
+
+
+def _state(paper: Any, held: dict[int, str]) -> str:
+    if paper.number in held:
+        return f"in the library: {held[paper.number]}"
+    return "not a mechanism" if paper.family == "none" else "planned"
+
+
+@app.command()
+def model(
+    fetch: Annotated[bool, typer.Option(help="Fetch and convert it if it is not there.")] = False,
+    remove: Annotated[bool, typer.Option(help="Delete it.")] = False,
+) -> None:
+    """Where the built-in model is, and its size."""
+    from foveate.hf import builtin
+
+    if remove:
+        out.print("removed" if builtin.remove_builtin() else "there was nothing to remove")
+        return
+    if fetch:
+        builtin.builtin_path(progress=err.log)
+    status = builtin.builtin_status()
+    if status.present:
+        out.print(f"{status.path}  {status.bytes / 1e6:.0f} MB")
+    else:
+        out.print(f"{status.path}  not there yet; `foveate model --fetch` fetches it")
+
+
+def main() -> None:
+    """Run the command line; an error is one line unless `--debug` comes before the command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if _debug:
+            raise
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
