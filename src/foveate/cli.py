@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Which attention should this model use, on this text, on this machine?",
 )
 # Where nothing says how wide the terminal is (a pipe, a log), tables get the room they need.
-out = Console(width=None if sys.stdout.isatty() else 150)
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 _debug = False
 
@@ -263,6 +263,30 @@ def model(
         out.print(f"{status.path}  {status.bytes / 1e6:.0f} MB")
     else:
         out.print(f"{status.path}  not there yet; `foveate model --fetch` fetches it")
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Paired timings on this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command()
+def basics(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds of each pair.")] = 5,
+) -> None:
+    """Overhead of attaching, gain of block sparsity, cost of selection, import time, memory."""
+    from foveate.bench.basics import measure
+    from foveate.hf import builtin
+    from foveate.hf.text import builtin_text, encode
+    from foveate.report.terminal import grid
+
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    with err.status("measuring"):
+        loaded, tokenizer = builtin.load(None, progress=err.log)
+        ids = encode(tokenizer, builtin_text(), 4096)
+        lines = list(measure(loaded, ids, rounds))
+    head = ("bar met", "bar", "measured", "what")
+    out.print(grid(head, [("yes" if x.met else "NO", x.bar, x.figure, x.name) for x in lines]))
 
 
 def main() -> None:

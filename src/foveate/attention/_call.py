@@ -31,7 +31,10 @@ class Memory(dict[int, list[Slot]]):
 
 
 class Record(NamedTuple):
-    """What one call did: its layout, the share of pairs it computed, of mass it kept."""
+    """What one call did: its layout, the share of pairs it computed, of mass it kept.
+
+    phase is prefill, decode, or cache: what an eviction left for the calls after it.
+    """
 
     layer: int
     phase: str
@@ -115,6 +118,7 @@ def rows_of(call: Call, batch: int, q_len: int) -> Iterator[tuple[int, Row, Call
             yield b, Row(b, call.valid[b].nonzero().squeeze(-1), _span(rows)), row
 
 
+@torch.no_grad()
 def measure(
     q: Tensor,
     k: Tensor,

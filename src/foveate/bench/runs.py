@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,15 +37,20 @@ class Recording:
             entry[0] += value
             entry[1] += 1
         # One prefill call is a whole picture; decoding adds a row a step.
-        room = not self.picture or (record.phase == "decode" and len(self.picture) < CELLS)
-        if record.layer == self.layer and self.phase in ("", record.phase) and room:
-            self.phase = record.phase
+        phase = "prefill" if record.phase == "prefill" else "decode"
+        room = not self.picture or (phase == "decode" and len(self.picture) < CELLS)
+        if record.layer == self.layer and self.phase in ("", phase) and room:
+            self.phase = phase
             self.picture += block_map(record.layout, self.head)
 
     def mean(self, key: str, phase: str) -> float | None:
-        """Mean over calls, None when the phase was dense."""
-        total, count = self.sums.get(f"{key}.{phase}", (0.0, 0.0))
-        return total / count if count else None
+        """Mean over calls, None when the phase was dense over a full cache.
+
+        What decoding reads is a share of what the cache kept: the two multiply.
+        """
+        phases = (phase, "cache") if phase == "decode" else (phase,)
+        found = [self.sums[f"{key}.{p}"] for p in phases if f"{key}.{p}" in self.sums]
+        return math.prod(total / count for total, count in found) if found else None
 
 
 @dataclass

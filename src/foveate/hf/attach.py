@@ -16,7 +16,7 @@ from foveate.cache.base import CachePolicy, Codec, Eviction
 from foveate.hf.adopt import adopt, announce
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
-from foveate.hf.layers import PolicyLayer, SlidingLayer
+from foveate.hf.layers import PolicyLayer
 from foveate.hf.masks import layer_mask, understand
 from foveate.hf.plan import attention_plan, cache_plan
 from foveate.registry import create
@@ -32,7 +32,8 @@ def attach(model: Any, *, prefill: Any = None, decode: Any = None, cache: Any = 
 
     Each slot takes a mechanism, a name, a `name:key=value,…` string, a list with one entry per
     layer (an entry may be a list with one per kv head) or a dict {layer: entry}; None is dense
-    attention and a full cache. Raises TypeError for what is no suitable mechanism or model and
+    attention and a full cache. Layers with a sliding window of the model's own keep it: no slot
+    acts on them. Raises TypeError for what is no suitable mechanism or model and
     RuntimeError when the model is already attached. On exit the model is exactly as before.
     """
     return Attachment(model, prefill, decode, cache)
@@ -143,26 +144,24 @@ class Attachment:
             memory=self._memory,
             record=self.record,
         )
-        mechanism = self._mechanism(call.phase, index, layer)
+        mechanism = self._mechanism(call.phase, index, seen.sliding)
         if mechanism is self.dense:
             call.record = None
         out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
         if isinstance(layer, PolicyLayer):
             layer.finish(q, scale=scale, record=self.record, at=index)
-        follower = self._mechanism("decode", index, layer)
+        follower = self._mechanism("decode", index, seen.sliding)
         if call.phase == "prefill" and follower.stateful and layer is not None:
             if isinstance(layer, EvictionLayer):
                 k, call.valid = layer.keys, layer.valid
             follower.after_prefill(q[:, :, -1:], k, scale=scale, call=call)
         return out
 
-    def _mechanism(self, phase: str, index: int, layer: Any) -> Attention:
-        """Who attends; slots of a sliding layer move, so no list of them can be kept there."""
+    def _mechanism(self, phase: str, index: int, sliding: bool) -> Attention:
+        """Who attends in a layer."""
         plan = self.prefill if phase == "prefill" else self.decode
         chosen = plan[index] if index < self.layers else None
-        if chosen is None or (chosen.stateful and isinstance(layer, SlidingLayer)):
-            return self.dense
-        return chosen
+        return self.dense if chosen is None or sliding else chosen
 
 
 def _attend(

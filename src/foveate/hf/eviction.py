@@ -89,4 +89,4 @@ def _kept_mass(q: Tensor, k: Tensor, kept: Tensor, scale: float | None, at: int)
     _, dense = ops.attend(last, k, k, scale=scale, return_lse=True)
     mass = float(torch.exp(lse - dense).clamp_max(1).mean())
     share = kept.shape[1] / k.shape[2]
-    return Record(at, "decode", token_layout(idx, None, k.shape[2]), share, mass)
+    return Record(at, "cache", token_layout(idx, None, k.shape[2]), share, mass)

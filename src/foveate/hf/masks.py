@@ -23,12 +23,18 @@ class LayerMask:
     """What a layer may see: causality, a further rule, and which tokens are padding.
 
     padding (B, tokens so far) bool, True = real, None when nothing is padded. The rule's positions
-    count from the first key of the layer that the mask was made for.
+    count from the first key of the layer that the mask was made for. `sliding` marks a layer that
+    the model itself gives a sliding window.
     """
 
     causal: bool
     rule: Mask | None
     padding: Tensor | None
+    sliding: bool = False
+
+    def contiguous(self) -> LayerMask:
+        """Itself: generation calls this on what a mask function returns."""
+        return self
 
     def valid(self, keys: int) -> Tensor | None:
         """Validity (B, keys) of the last `keys` tokens, None when all are real."""
@@ -80,7 +86,7 @@ def layer_mask(
     if local_size is not None:
         window = ops.window(local_size)
         if _agree(mask_function, window & ops.causal(), q_offset, q_length):
-            return LayerMask(True, window, padding)
+            return LayerMask(True, window, padding, sliding=True)
 
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen: Tensor = mask_function(b, h, q + kv_offset, k + kv_offset)

@@ -1,0 +1,138 @@
+"""Paired timings of the house itself: overhead of attaching, block-sparse gain, selection cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import ops
+from foveate.attention.base import Call
+from foveate.bench.peak import prefill_bytes
+from foveate.bench.runs import body
+from foveate.hf.attach import attach
+from foveate.registry import create
+
+# The shape of one attention layer of the built-in model.
+HEADS, KV_HEADS, DIM = 9, 3, 64
+_LONG = 8192
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured line: its name, the figure with its unit, and the bar it is held to."""
+
+    name: str
+    figure: str
+    bar: str
+    met: bool
+
+
+def paired(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of a and of b and the median ratio a / b over interleaved rounds."""
+    a(), b()
+    times = []
+    for index in range(rounds):
+        first, second = (a, b) if index % 2 == 0 else (b, a)
+        one, two = _seconds(first), _seconds(second)
+        times.append((one, two) if index % 2 == 0 else (two, one))
+    return (
+        median(x for x, _ in times),
+        median(y for _, y in times),
+        median(x / y for x, y in times),
+    )
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def layer_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q (1, 9, L, 64), k and v (1, 3, L, 64)."""
+    made = torch.Generator().manual_seed(0)
+    q = torch.randn(1, HEADS, length, DIM, generator=made)
+    k, v = (torch.randn(1, KV_HEADS, length, DIM, generator=made) for _ in range(2))
+    return q, k, v
+
+
+@torch.inference_mode()
+def measure(model: Any, ids: Tensor, rounds: int) -> Iterator[Line]:
+    """All lines, one after the other; ids (1, >= 4096) are tokens for the model."""
+    yield _attach_overhead(model, ids[:, :4096], rounds)
+    yield _block_sparse(rounds)
+    for name in ("moba", "prism", "flexprefill"):
+        yield _selection(name, rounds)
+    yield _import_time(rounds)
+    yield from _peak_memory()
+
+
+def _attach_overhead(model: Any, ids: Tensor, rounds: int) -> Line:
+    def attached() -> None:
+        with attach(model, prefill="dense", decode="dense"):
+            body(model)(ids, use_cache=True)
+
+    with_it, plain, ratio = paired(attached, lambda: body(model)(ids, use_cache=True), rounds)
+    figure = f"{100 * (ratio - 1):+.1f} % ({with_it:.2f} s against {plain:.2f} s)"
+    return Line(
+        "attach with dense at 4k prefill, over the plain model", figure, "≤ +2 %", ratio <= 1.02
+    )
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _block_sparse(rounds: int) -> Line:
+    q, k, v = layer_inputs(_LONG)
+    blocks = _LONG // 128
+    made = torch.Generator().manual_seed(1)
+    scores = torch.rand(1, HEADS, blocks, blocks, generator=made)
+    visible = ops.causal_map((_LONG, _LONG), (128, 128))
+    chosen = ops.force(ops.top_k(scores, blocks // 8 - 1, visible=visible), visible, local=1)
+    layout = ops.from_map(chosen, 128, (_LONG, _LONG))
+    dense, sparse, ratio = paired(
+        _dense(q, k, v), lambda: ops.block_sparse(q, k, v, layout), rounds
+    )
+    figure = f"{ratio:.2f}× ({sparse:.3f} s against {dense:.3f} s)"
+    name = "block_sparse at 8k, blocks of 128, an eighth of the key blocks, over dense SDPA"
+    return Line(name, figure, "≥ 1.8×", ratio >= 1.8)
+
+
+def _selection(name: str, rounds: int) -> Line:
+    q, k, v = layer_inputs(_LONG)
+    mechanism = create(name)
+    call = Call()
+    choose = {"causal": True, "scale": None, "call": call}
+    part, dense, ratio = paired(lambda: mechanism.select(q, k, **choose), _dense(q, k, v), rounds)
+    figure = f"{100 * ratio:.1f} % ({part * 1e3:.0f} ms of {dense * 1e3:.0f} ms)"
+    bar = "≤ 5 %"
+    return Line(f"selection of {name} at 8k, share of dense attention", figure, bar, ratio <= 0.05)
+
+
+def _import_time(rounds: int) -> Line:
+    def run(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    ours, theirs, _ = paired(run("import torch, foveate"), run("import torch"), rounds)
+    figure = f"{ours - theirs:+.2f} s (torch alone {theirs:.2f} s)"
+    return Line("import foveate beyond import torch", figure, "≤ 0.3 s", ours - theirs <= 0.3)
+
+
+def _peak_memory() -> Iterator[Line]:
+    dense = prefill_bytes("dense", _LONG)
+    for name in ("sink_window", "flexprefill", "prism", "moba", "hip"):
+        own = prefill_bytes(f"prefill={name}", _LONG)
+        figure = f"{own / dense:.2f}× ({own / 1e6:.0f} MB against {dense / 1e6:.0f} MB)"
+        yield Line(
+            f"peak memory of {name} at 8k prefill, over dense", figure, "≤ 1.2×", own <= 1.2 * dense
+        )
