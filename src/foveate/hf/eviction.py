@@ -46,7 +46,7 @@ class EvictionLayer(PolicyLayer):
                 queries = q[b : b + 1, :, fresh - (total - q.shape[2])]
                 keys = self.keys[b : b + 1, :, real]
                 kept = self.policy.keep(queries, keys, scale=scale)
-                if record is not None:
+                if record is not None and q.shape[2] > 1:
                     record(_kept_mass(queries, keys, kept, scale, at))
                 slots = real[kept]
             changed = changed or slots.shape[1] < total

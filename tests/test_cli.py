@@ -1,0 +1,276 @@
+"""The command line: what it prints, and how it refuses bad input."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers as hf
+
+from foveate import cli, registry
+from foveate.bench import compare as bench_compare
+
+SMALL = [
+    "--tokens=96",
+    "--decode-tokens=4",
+    "--repeats=2",
+    "--needles=1",
+    "--needle-tokens=80",
+    "--with=sink_window:window=16,sinks=2,block=16",
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in this process: exit code, standard output, standard error."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["foveate", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_compare_measures_and_writes_the_report(run, tiny_model_dir, tmp_path):
+    code, out, _ = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path / "new")
+    assert code == 0
+    data = results(tmp_path / "new")
+    assert data["complete"] and data["schema"] == "foveate.compare/1"
+    assert [m["spec"] for m in data["mechanisms"]] == ["dense", SMALL[-1].removeprefix("--with=")]
+    assert "sink_window" in out and "report.html" in out
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "sink_window" in page and len(page) < 3e6
+
+
+def test_a_second_run_finds_everything_measured(run, tiny_model_dir, tmp_path):
+    run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    before = results(tmp_path)["measurements"]
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    assert code == 0 and f"resuming: {len(before)}" in err
+    assert results(tmp_path)["measurements"] == before
+
+
+def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(
+    run, tiny_model_dir, tmp_path, monkeypatch
+):
+    measure = bench_compare.Comparison._measure_round
+
+    def interrupted(self, repeat, specs):
+        if repeat == 1:
+            raise KeyboardInterrupt
+        measure(self, repeat, specs)
+
+    monkeypatch.setattr(bench_compare.Comparison, "_measure_round", interrupted)
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    kept = results(tmp_path)
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+    assert not kept["complete"] and (tmp_path / "report.html").exists()
+    assert {m["kind"] for m in kept["measurements"]} >= {"quality", "timing"}
+    monkeypatch.setattr(bench_compare.Comparison, "_measure_round", measure)
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    done = results(tmp_path)
+    assert code == 0 and "resuming" in err and done["complete"]
+    assert done["measurements"][: len(kept["measurements"])] == kept["measurements"]
+
+
+def test_a_true_ctrl_c_ends_with_130_and_no_traceback(tiny_model_dir, tmp_path):
+    command = [sys.executable, "-c", "from foveate.cli import main; main()", "compare"]
+    many = [*SMALL, "--repeats=500", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, str(tiny_model_dir), *many], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = tmp_path / "results.json"
+        if file.exists() and len(json.loads(file.read_text())["measurements"]) > 3:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err and b"interrupted" in err
+    assert len(results(tmp_path)["measurements"]) > 3
+
+
+def test_a_full_disk_is_told_and_the_old_results_stay(run, tiny_model_dir, tmp_path, monkeypatch):
+    run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    before = (tmp_path / "results.json").read_text()
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    more = ["--with=sink_window:window=8,sinks=1,block=8"]
+    code, _, err = run("compare", tiny_model_dir, *SMALL, *more, "--out", tmp_path)
+    assert code == 2 and "No space left" in err and "Traceback" not in err
+    monkeypatch.undo()
+    assert (tmp_path / "results.json").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+def test_other_settings_need_another_folder_or_fresh(run, tiny_model_dir, tmp_path):
+    run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--seed=3", "--out", tmp_path)
+    assert code == 2 and "seed=0" in err and "--fresh" in err
+    code, _, _ = run("compare", tiny_model_dir, *SMALL, "--seed=3", "--fresh", "--out", tmp_path)
+    assert code == 0 and results(tmp_path)["settings"]["seed"] == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other/9"}'])
+def test_a_file_that_is_no_results_file_is_not_overwritten(run, tiny_model_dir, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
+    assert code == 2 and "--fresh" in err
+    assert (tmp_path / "results.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--with=flexprefil"], "did you mean 'flexprefill'"),
+        (["--with=sink_window:windw=8"], "did you mean 'window'"),
+        (["--with=sink_window:window=x"], "must be int, got 'x'"),
+        (["--with=sink_window:window=0"], "window must be at least 1"),
+        (["--with=sink_window:window"], "must read key=value"),
+        (["--with=prefill=tidal"], "cannot fill the slot prefill"),
+        (["--with=tidal+decode=recycled"], "twice"),
+        (["--tokens=0"], "tokens must be at least 1"),
+        (["--repeats=0"], "repeats must be at least 1"),
+        (["--threads=0"], "at least 1"),
+        (["--plugin=missing.py"], "not a Python file"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(run, tiny_model_dir, tmp_path, args, words):
+    code, _, err = run("compare", tiny_model_dir, *args, "--out", tmp_path)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"\0\1binary", "binary"),
+        (b"\xff\xfe\xfa", "UTF-8"),
+        (b"a few words", "has"),
+    ],
+)
+def test_bad_texts_are_refused(run, tiny_model_dir, tmp_path, content, words):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    code, _, err = run("compare", tiny_model_dir, *SMALL, "--text", text, "--out", tmp_path / "out")
+    assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_a_missing_text_is_refused(run, tmp_path):
+    code, _, err = run("compare", "--text", tmp_path / "none.txt", "--out", tmp_path / "out")
+    assert code == 2 and "none.txt" in err
+
+
+def test_a_directory_without_a_model_is_refused(run, tmp_path):
+    code, _, err = run("compare", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "config.json is missing" in err
+
+
+def test_an_encoder_is_refused(run, tmp_path):
+    config = hf.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    hf.BertModel(config).save_pretrained(tmp_path / "bert")
+    code, _, err = run("compare", tmp_path / "bert", "--out", tmp_path / "out")
+    assert code == 2 and "encoder-only" in err
+
+
+def test_tokens_beyond_the_context_need_allow_long(run, tiny_model_dir, tmp_path):
+    long = ["--tokens=600", *SMALL[1:]]
+    code, _, err = run("compare", tiny_model_dir, *long, "--out", tmp_path)
+    assert code == 2 and "context of 512" in err and "--allow-long" in err
+    code, _, err = run("compare", tiny_model_dir, *long, "--allow-long", "--out", tmp_path)
+    assert code == 0 and "warning" in err and results(tmp_path)["complete"]
+
+
+def test_an_unwritable_folder_is_refused_before_the_model_is_loaded(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("compare", "--out", tmp_path / "file" / "out")
+    assert code == 2 and "cannot write to" in err
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    with pytest.raises(ValueError, match="unknown mechanism"):
+        run("--debug", "compare", "--with=nothing_like_it", "--out", tmp_path)
+
+
+def test_a_mechanism_of_ones_own_is_compared_through_a_plugin(run, tiny_model_dir, tmp_path):
+    plugin = tmp_path / "my_band.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "from foveate import Card, register, window\n"
+        "from foveate.attention.base import Pattern\n"
+        "@register(Card(name='my_band', title='Mine', claim='near is enough', kind='attention',\n"
+        "               family='sparse'))\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class MyBand(Pattern):\n"
+        "    width: int = 32\n"
+        "    def mask(self, q_len, k_len, call):\n"
+        "        return window(self.width)\n"
+    )
+    try:
+        args = ["--plugin", plugin, *SMALL, "--with=my_band:width=8", "--out", tmp_path / "out"]
+        code, out, _ = run("compare", tiny_model_dir, *args)
+        assert code == 0 and "my_band" in out
+        code, out, _ = run("show", "my_band")
+        assert code == 0 and "near is enough" in out
+    finally:
+        registry._classes.pop("my_band")
+        sys.modules.pop("my_band")
+
+
+def test_list_shows_every_mechanism(run):
+    code, out, _ = run("list")
+    assert code == 0 and all(card.name in out for card in registry.find())
+    code, out, _ = run("list", "--kind", "cache")
+    assert "snapkv" in out and "flexprefill" not in out
+    code, _, err = run("list", "--kind", "caches")
+    assert code == 2 and "no mechanism matches" in err
+
+
+def test_show_tells_the_card_and_the_options(run):
+    code, out, _ = run("show", "flexprefill")
+    assert code == 0 and "FlexPrefill" in out and "gamma" in out
+    code, _, err = run("show", "flexprefil")
+    assert code == 2 and "did you mean" in err
+
+
+def test_papers_counts_all_331(run):
+    code, out, _ = run("papers")
+    assert code == 0 and "331 papers" in out and "28 not a mechanism" in out
+    code, out, _ = run("papers", "--family", "sparse", "--missing")
+    assert "in the library:" not in out and "planned" in out
+    code, _, err = run("papers", "--family", "nonsense")
+    assert code == 2 and "known:" in err
+
+
+def test_model_says_where_the_built_in_model_is(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+    code, out, _ = run("model")
+    assert code == 0 and str(tmp_path) in out.replace("\n", "") and "not there yet" in out
+    code, out, _ = run("model", "--remove")
+    assert code == 0 and "nothing to remove" in out
