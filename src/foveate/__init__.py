@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate.ops.backend import backend
+from foveate.ops.grids import disc, neighborhood, radial, strided
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
 from foveate.registry import Card, create, find, register
 
@@ -28,12 +29,16 @@ __all__ = [
     "causal",
     "create",
     "dense",
+    "disc",
     "documents",
     "find",
     "groups",
+    "neighborhood",
     "padding",
+    "radial",
     "register",
     "sinks",
+    "strided",
     "window",
 ]
 

@@ -30,8 +30,9 @@ class Card:
 
     paper is its number in the table of papers (None: a common baseline); pretrained says how it
     fits a pretrained model; phases are those in which it acts (attention only), elsewhere it is
-    dense; selection_causal is False when its choice for a query looks at later tokens; exempt
-    maps a property of the audit to the reason why it does not apply.
+    dense; selection_causal is False when its choice for a query looks at later tokens. For the
+    audit: `small` are options at which it acts on a few dozen tokens, `full` options at which it
+    equals dense attention, and exempt maps a property to the reason why it does not apply.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Card:
     cost: str = ""
     decoding: str = ""
     confidence: str = ""
+    small: dict[str, Any] = field(default_factory=dict, hash=False)
+    full: dict[str, Any] = field(default_factory=dict, hash=False)
     exempt: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -148,15 +151,17 @@ def create(spec: str, **options: Any) -> Any:
     name, _, tail = spec.partition(":")
     cls = lookup(name.strip())
     for pair in filter(None, (p.strip() for p in tail.split(","))):
-        key, sign, text = pair.partition("=")
+        key, sign, text = (part.strip() for part in pair.partition("="))
         if not sign:
             raise ValueError(f"option {pair!r} in {spec!r} must read key=value")
         if key in options:
             raise ValueError(f"option {key!r} is given twice in {spec!r}")
-        options[key] = _parse(cls, name, key.strip(), text.strip())
+        options[key] = _parse(cls, name, key, text)
     if dataclasses.is_dataclass(cls):
         for key, value in options.items():
-            _check(value, _hint(cls, name, key), name, key)
+            # JSON knows no tuples: they come back from it as lists.
+            options[key] = tuple(value) if isinstance(value, list) else value
+            _check(options[key], _hint(cls, name, key), name, key)
     return cls(**options)
 
 
@@ -216,6 +221,10 @@ def _check(value: Any, hint: Any, name: str, key: str) -> None:
             return
         if not isinstance(plain, type):
             continue
+        if plain is tuple and isinstance(value, tuple):
+            for item in value:
+                _check(item, typing.get_args(kind)[0], name, key)
+            return
         number = plain is float and isinstance(value, int) and not isinstance(value, bool)
         exact = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
         if number or exact:

@@ -7,6 +7,8 @@ last Lq positions. A row that sees no key gives 0 and lse -inf.
 
 from foveate.ops.api import attend, block_sparse, gather
 from foveate.ops.backend import backend
+from foveate.ops.grids import disc, neighborhood, radial, strided
+from foveate.ops.hadamard import hadamard
 from foveate.ops.layout import (
     BlockLayout,
     causal_map,
@@ -18,6 +20,7 @@ from foveate.ops.layout import (
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
 from foveate.ops.merge import merge
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
+from foveate.ops.quantize import Quantized, dequantize, quantize, quantized_bytes
 from foveate.ops.rope import rope, unrope
 from foveate.ops.scores import block_mass, pool_blocks, token_scores
 from foveate.ops.select import force, threshold, top_k, top_p
@@ -28,6 +31,7 @@ __all__ = [
     "BlockLayout",
     "Mask",
     "Normalizer",
+    "Quantized",
     "Relu",
     "Sigmoid",
     "Softmax",
@@ -41,6 +45,8 @@ __all__ = [
     "check_block",
     "check_qkv",
     "dense",
+    "dequantize",
+    "disc",
     "documents",
     "force",
     "from_map",
@@ -49,11 +55,17 @@ __all__ = [
     "gather",
     "grouped_logits",
     "groups",
+    "hadamard",
     "merge",
+    "neighborhood",
     "padding",
     "pool_blocks",
+    "quantize",
+    "quantized_bytes",
+    "radial",
     "rope",
     "sinks",
+    "strided",
     "threshold",
     "token_scores",
     "top_k",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
+import torch
 from torch import Tensor
 
 from foveate.ops import reference
@@ -14,7 +15,7 @@ from foveate.ops.gather import check_indices, gather_torch
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask
 from foveate.ops.normalizers import Normalizer, normalizer_of
-from foveate.ops.shapes import check_causal, check_qkv
+from foveate.ops.shapes import Shape, check_causal, check_qkv
 from foveate.ops.tile import check_bias
 
 if TYPE_CHECKING:
@@ -38,12 +39,29 @@ if TYPE_CHECKING:
         width: int
 
 
-def _check_options(mask: Mask | None, softcap: float | None) -> None:
+def _check_options(
+    shape: Shape,
+    softcap: float | None,
+    mask: Mask | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+) -> None:
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(
             f"mask must be a foveate Mask (wrap a bool tensor in Mask factory dense()), "
             f"got {type(mask).__name__}"
         )
+    want = (shape.batch, shape.q_heads)
+    if mask is not None and (mask.batch not in (1, want[0]) or mask.heads not in (1, want[1])):
+        raise ValueError(
+            f"mask {mask} is for (batch, heads) {(mask.batch, mask.heads)}; "
+            f"wanted batch 1 or {want[0]} and heads 1 or {want[1]}"
+        )
+    for name, pos in (("q_pos", q_pos), ("k_pos", k_pos)):
+        if pos is not None and (pos.is_floating_point() or pos.dtype == torch.bool):
+            raise TypeError(f"{name} must be an integer tensor, got {pos.dtype}")
+        if pos is not None and pos.dim() == 2 and pos.shape[0] not in (1, shape.batch):
+            raise ValueError(f"{name} has batch {pos.shape[0]}; wanted 1 or {shape.batch}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
@@ -74,14 +92,15 @@ def attend(
     """Dense attention, streamed over key blocks: never an Lq×Lk tensor in memory.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> out (B, Hq, Lq, Dv), and with
-    `return_lse` the natural log-sum-exp of the logits (B, Hq, Lq) float32 (softmax only).
+    `return_lse` the natural log-sum-exp of the logits (B, Hq, Lq), softmax only, in float32
+    (float64 for float64 input).
     `mask` and `causal` are joined; `bias` broadcasts to (B, Hq, Lq, Lk) and is differentiable;
     `softcap` bounds logits by c·tanh(s/c); scale defaults to 1/sqrt(D). Positions (L,) or (B, L)
     default to the last Lq of Lk. Raises ValueError or TypeError for what does not fit together.
     """
     shape = check_qkv(q, k, v)
     check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
-    _check_options(mask, softcap)
+    _check_options(shape, softcap, mask, q_pos, k_pos)
     rule = normalizer_of(normalizer)
     run = reference.attend_reference if current() == "reference" else attend_torch
     out, lse = run(
@@ -145,7 +164,7 @@ def block_sparse(
     shape = check_qkv(q, k, v)
     check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
     check_layout(layout, shape)
-    _check_options(mask, softcap)
+    _check_options(shape, softcap, mask, q_pos, k_pos)
     plain = current() == "reference"
     run = reference.block_sparse_reference if plain else block_sparse_torch
     out, lse = run(
@@ -207,7 +226,7 @@ def gather(
     """
     shape = check_qkv(q, k, v)
     check_indices(idx, valid, shape, width)
-    _check_options(None, softcap)
+    _check_options(shape, softcap)
     run = reference.gather_reference if current() == "reference" else gather_torch
     out, lse = run(
         q,

@@ -8,7 +8,7 @@ from torch import Tensor
 from foveate.ops.mask import Mask, causal
 from foveate.ops.merge import merge
 from foveate.ops.normalizers import Normalizer, Softmax, Stats
-from foveate.ops.shapes import check_qkv, positions
+from foveate.ops.shapes import check_qkv, positions, tile_positions
 from foveate.ops.tile import (
     attend_tile,
     cap,
@@ -20,8 +20,9 @@ from foveate.ops.tile import (
     recomputed,
 )
 
-# Query rows of one step, and keys of one step of a streamed normaliser.
-_ROWS, _KEYS = 256, 2048
+# Query rows of one step, keys of one step of a streamed normaliser, and the keys that a mask's
+# bounds are asked about at once.
+_ROWS, _KEYS, _TILE = 256, 2048, 128
 
 
 def attend_torch(
@@ -47,7 +48,9 @@ def attend_torch(
     if soft and plain:
         if has_flash(q, v, softcap, k):
             return _flash_dense(q, k, v, is_causal, factor)
-        if not return_lse and (not is_causal or shape.q_len == shape.k_len):
+        square = shape.q_len == shape.k_len
+        fits = shape.dim == shape.v_dim and factor >= 0 and (square or not is_causal)
+        if fits and not return_lse:
             sdpa = torch.nn.functional.scaled_dot_product_attention
             out = sdpa(q, k, v, is_causal=is_causal, scale=factor, enable_gqa=shape.group > 1)
             return out, None
@@ -95,31 +98,31 @@ class _Walk:
     ) -> None:
         self.q, self.k, self.v, self.rule, self.bias = q, k, v, rule, bias
         self.scale, self.softcap, self.q_pos, self.k_pos = scale, softcap, q_pos, k_pos
+        tiles = tile_positions(k_pos, 0, _TILE, -(-k.shape[2] // _TILE))[:, None, None]
+        self.k_edges = tiles.amin(-1), tiles.amax(-1)
 
     def spans(self) -> list[tuple[slice, slice]]:
         """Blocks of rows and, for each, the slice of keys outside of which nothing is visible."""
         lq, lk = self.q.shape[2], self.k.shape[2]
         out = []
-        for lo in range(0, lq, _ROWS):
+        for lo in range(0, max(lq, 1), _ROWS):
             rows = slice(lo, min(lo + _ROWS, lq))
-            span = slice(0, lk) if self.rule is None else self._span(self.rule, rows)
+            span = slice(0, lk)
+            if self.rule is not None and lq > 0:
+                span = self._span(self.rule, rows)
             out.append((rows, span))
         return out
 
     def _span(self, rule: Mask, rows: slice) -> slice:
         b, h = rule.axes(self.q.device)
-        qp, kp = self.q_pos[:, rows], self.k_pos
-        lk = kp.shape[1]
-        starts = torch.arange(0, lk, 128, device=kp.device)
-        tiles = [kp[:, s : s + 128] for s in starts.tolist()]
-        k_lo = torch.stack([t.amin(-1) for t in tiles], -1)[:, None, None]
-        k_hi = torch.stack([t.amax(-1) for t in tiles], -1)[:, None, None]
+        qp = self.q_pos[:, rows]
         q_lo, q_hi = (x.view(-1, 1, 1, 1) for x in (qp.amin(-1), qp.amax(-1)))
-        some, _ = rule.bounds(b, h, q_lo, q_hi, k_lo, k_hi)
-        seen = some.expand(*some.shape[:-1], len(tiles)).flatten(0, -2).any(0).nonzero()
+        some, _ = rule.bounds(b, h, q_lo, q_hi, *self.k_edges)
+        tiles = self.k_edges[0].shape[-1]
+        seen = some.expand(*some.shape[:-1], tiles).flatten(0, -2).any(0).nonzero()
         if seen.numel() == 0:
             return slice(0, 0)
-        return slice(int(seen[0]) * 128, min(int(seen[-1] + 1) * 128, lk))
+        return slice(int(seen[0]) * _TILE, min(int(seen[-1] + 1) * _TILE, self.k_pos.shape[1]))
 
     def visible(self, rows: slice, keys: slice) -> Tensor | None:
         """Bool tensor (B|1, H|1, rows, keys), None where everything is visible."""
@@ -129,9 +132,8 @@ class _Walk:
         qp, kp = self.q_pos[:, None, rows, None], self.k_pos[:, None, None, keys]
         return self.rule(b, h, qp, kp)
 
-    def added(self, rows: slice, keys: slice) -> Tensor | None:
+    def added(self, rows: slice, keys: slice, seen: Tensor | None) -> Tensor | None:
         """Additive bias of the tile with -inf where nothing is visible."""
-        seen = self.visible(rows, keys)
         bias = self.bias
         if bias is not None:
             bias = bias[:, :, rows if bias.shape[2] > 1 else slice(None)]
@@ -146,7 +148,7 @@ class _Walk:
         outs, lses = [], []
         for rows, keys in self.spans():
             tile = self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys]
-            added = self.added(rows, keys)
+            added = self.added(rows, keys, self.visible(rows, keys))
             if added is not None:
                 added = added.expand(-1, -1, tile[0].shape[2], tile[1].shape[2])
             out, lse = attend_tile(*tile, added, self.scale, self.softcap)
@@ -189,9 +191,9 @@ class _Walk:
 
     def _scores(self, q: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         scores = cap(grouped_logits(q, self.k[:, :, keys], self.scale), self.softcap)
-        added = self.added(rows, keys)
+        seen = self.visible(rows, keys)
+        added = self.added(rows, keys, seen)
         if added is not None:
             scores = scores + added
-        seen = self.visible(rows, keys)
         seen = torch.ones_like(scores, dtype=torch.bool) if seen is None else seen
         return scores, seen.expand_as(scores)

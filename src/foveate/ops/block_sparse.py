@@ -14,7 +14,7 @@ from foveate.ops.shapes import (
     positions,
     tile_positions,
 )
-from foveate.ops.tile import attend_tile, default_scale
+from foveate.ops.tile import attend_tile, default_scale, recomputed
 
 # Elements of gathered keys per chunk: small enough that a chunk stays in the cache between the
 # gather and the kernel that reads it.
@@ -38,7 +38,8 @@ def block_sparse_torch(
     """PyTorch form of `block_sparse`: gathers chunks of lists of equal length."""
     shape = check_qkv(q, k, v)
     rule = mask if not is_causal else (causal() if mask is None else mask & causal())
-    return _Tiles(q, k, v, layout, shape, rule, bias, scale, softcap, q_pos, k_pos).run()
+    edge = causal() if is_causal else None
+    return _Tiles(q, k, v, layout, shape, rule, edge, bias, scale, softcap, q_pos, k_pos).run()
 
 
 def check_layout(layout: BlockLayout, shape: Shape) -> None:
@@ -70,13 +71,15 @@ class _Tiles:
         layout: BlockLayout,
         shape: Shape,
         rule: Mask | None,
+        edge: Mask | None,
         bias: Tensor | None,
         scale: float | None,
         softcap: float | None,
         q_pos: Tensor | None,
         k_pos: Tensor | None,
     ) -> None:
-        self.shape, self.layout, self.rule, self.softcap = shape, layout, rule, softcap
+        self.shape, self.layout, self.softcap = shape, layout, softcap
+        self.rule, self.edge = rule, edge
         self.scale = default_scale(scale, shape.dim)
         self.bias = bias
         self.bq, self.bk = layout.block
@@ -91,6 +94,9 @@ class _Tiles:
         self.q_pos, self.k_pos = positions(shape.q_len, shape.k_len, q_pos, k_pos, q.device)
         self.q_tiles = tile_positions(self.q_pos, self.grid.lead, self.bq, self.grid.tiles)
         self.k_tiles = tile_positions(self.k_pos, 0, self.bk, self.nk)
+        self.q_edges, self.k_edges = (
+            torch.stack((x.amin(-1), x.amax(-1))) for x in (self.q_tiles, self.k_tiles)
+        )
 
     def _tile_queries(self, q: Tensor) -> Tensor:
         """(B, Hq, Lq, D) -> (tiles, fold, bq, D), ragged ends filled with zeros."""
@@ -124,7 +130,9 @@ class _Tiles:
             step = max(1, _CHUNK // max(1, width * self.bk * max(s.dim, s.v_dim)))
             rows = order[start : start + step]
             inside = None if partial is None else partial[rows, :width]
-            out, lse = self._chunk(rows, lists[rows, :width], counts[rows], inside)
+            chunk = rows, lists[rows, :width], counts[rows], inside
+            # Under autograd a chunk is gathered again backward: only these tensors are kept.
+            out, lse = recomputed(self._chunk, *chunk, self.q, self.k, self.v, self.bias)
             outs.append(out)
             lses.append(lse)
             start += step
@@ -140,7 +148,12 @@ class _Tiles:
         return x[:, :, self.grid.lead : self.grid.lead + s.q_len]
 
     def _chunk(
-        self, tiles: Tensor, lists: Tensor, counts: Tensor, partial: Tensor | None
+        self,
+        tiles: Tensor,
+        lists: Tensor,
+        counts: Tensor,
+        partial: Tensor | None,
+        *_: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of a chunk of tiles (c,) over their lists (c, m)."""
         c, m = lists.shape
@@ -189,14 +202,18 @@ class _Tiles:
         """Entries (c, m) in which the mask's edge may run."""
         if self.rule is None:
             return torch.zeros_like(lists, dtype=torch.bool)
-        if partial is not None:
-            return partial
-        qt = self.q_tiles[b % self.q_tiles.shape[0], i]
-        kt = self.k_tiles[(b % self.k_tiles.shape[0])[:, None], lists]
-        q_lo, q_hi = qt.amin(-1).view(-1, 1, 1, 1), qt.amax(-1).view(-1, 1, 1, 1)
-        k_lo, k_hi = kt.amin(-1)[:, None, None], kt.amax(-1)[:, None, None]
+        if partial is None:
+            return self._cut(self.rule, b, heads, i, lists)
+        # A layout made from a mask alone does not know that causality was asked for as well.
+        return partial if self.edge is None else partial | self._cut(self.edge, b, heads, i, lists)
+
+    def _cut(self, rule: Mask, b: Tensor, heads: Tensor, i: Tensor, lists: Tensor) -> Tensor:
+        """Entries (c, m) that the bounds of a mask do not call full."""
+        q_lo, q_hi = self.q_edges[:, b % self.q_tiles.shape[0], i].view(2, -1, 1, 1, 1)
+        row = (b % self.k_tiles.shape[0])[:, None]
+        k_lo, k_hi = self.k_edges[:, row, lists][:, :, None, None]
         at = (b.view(-1, 1, 1, 1), heads[:, :, None, None], q_lo, q_hi, k_lo, k_hi)
-        _, every = self.rule.bounds(*at)
+        _, every = rule.bounds(*at)
         return ~every.expand(lists.shape[0], heads.shape[1], 1, lists.shape[1]).all(1)[:, 0]
 
     def _pairs(self, b: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -226,4 +243,4 @@ class _Tiles:
             rows.clamp(0, lq - 1)[:, None, :, None] if bias.shape[2] > 1 else 0,
             cols.clamp_max(lk - 1)[:, None, None, :] if bias.shape[3] > 1 else 0,
         )
-        return bias[at].float()
+        return bias[at]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.shapes import Shape, check_block, check_qkv
-from foveate.ops.tile import attend_tile, default_scale
+from foveate.ops.tile import attend_tile, default_scale, recomputed
 
 # Elements of gathered keys per step.
 _CHUNK = 1 << 20
@@ -40,7 +40,7 @@ def gather_torch(
         lists = idx[:, :, part]
         tokens, real = _tokens(lists, None if seen is None else seen[:, :, part], width, shape)
         added = _added(bias, tokens, real, rows, shape)
-        out, lse = _step(q[:, :, rows], k, v, tokens, added, scale, softcap)
+        out, lse = recomputed(_step, q[:, :, rows], k, v, tokens, added, scale, softcap)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -122,19 +122,20 @@ def _step(
     kv = torch.arange(lanes, device=q.device) // (lanes // k.shape[1])
     base = torch.arange(b, device=q.device)[:, None] * k.shape[1] + kv
     flat = (base[..., None, None] * k.shape[2] + tokens).flatten()
-    keys = k.reshape(-1, k.shape[3]).index_select(0, flat).view(-1, 1, m, k.shape[3])
-    values = v.reshape(-1, v.shape[3]).index_select(0, flat).view(-1, 1, m, v.shape[3])
+    n = b * lanes * lists
+    keys = k.reshape(-1, k.shape[3]).index_select(0, flat).view(n, 1, m, k.shape[3])
+    values = v.reshape(-1, v.shape[3]).index_select(0, flat).view(n, 1, m, v.shape[3])
     share = r // lists  # queries that read one list: 1, or all of them
     tiles = (
         q.reshape(b, lanes, fold, lists, share, -1)
         .permute(0, 1, 3, 2, 4, 5)
-        .reshape(-1, fold, share, q.shape[3])
+        .reshape(n, fold, share, q.shape[3])
     )
     if added is not None:
         added = added.expand(-1, -1, r, -1)
         heads = added.shape[1] // lanes
         added = added.reshape(b, lanes, heads, lists, share, m).permute(0, 1, 3, 2, 4, 5)
-        added = added.reshape(-1, heads, share, m)
+        added = added.reshape(n, heads, share, m)
     out, lse = attend_tile(tiles, keys, values, added, scale, softcap)
     out = out.view(b, lanes, lists, fold, share, -1).permute(0, 1, 3, 2, 4, 5)
     lse = lse.view(b, lanes, lists, fold, share).permute(0, 1, 3, 2, 4)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from foveate.ops.mask import Mask, causal
-from foveate.ops.shapes import TileGrid, check_block, positions, tile_positions
+from foveate.ops.shapes import TileGrid, check_block, positions, query_offset, tile_positions
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 # Pairs of one classification step of `from_mask`: bounds its memory, not its result.
-_PAIRS = 1 << 22
+_PAIRS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,13 @@ class BlockLayout:
             raise ValueError(
                 f"counts must be {tuple(self.indices.shape[:3])}, got {tuple(self.counts.shape)}"
             )
-        if (
-            self.indices.numel()
-            and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < nk
-        ):
+        if self.partial is not None and self.partial.shape != self.indices.shape:
             raise ValueError(
-                f"indices must lie in [0, {nk}), got "
-                f"[{int(self.indices.min())}, {int(self.indices.max())}]"
+                f"partial must be {tuple(self.indices.shape)} like indices, "
+                f"got {tuple(self.partial.shape)}"
             )
+        _check_range("indices", self.indices, nk)
+        _check_range("counts", self.counts, self.indices.shape[-1] + 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,11 +75,14 @@ class BlockLayout:
 
     def density(self, causal: bool = True) -> float:
         """Share of the visible query-key pairs that are computed, mean over batch and heads."""
-        pairs = visible_pairs(self.lengths, self.block, causal).to(self.indices.device)
-        read = pairs.expand(*self.indices.shape[:2], -1, -1).gather(-1, self.indices.long())
-        chosen = (read * self.filled).sum(dtype=torch.float64)
+        rows = _row_edges(self.lengths, self.block[0])
+        q_lo, q_hi = (x.to(self.indices.device)[:, None] for x in rows)
+        k_lo, k_len = self.indices.long() * self.block[1], torch.tensor(self.lengths[1])
+        k_hi = (k_lo + self.block[1]).clamp_max(self.lengths[1])
+        read = (_count_pairs(q_lo, q_hi, k_lo, k_hi, causal) * self.filled).sum()
+        visible = _count_pairs(q_lo, q_hi, torch.zeros_like(k_len), k_len, causal).sum()
         lists = self.indices.shape[0] * self.indices.shape[1]
-        return float(chosen / (pairs.sum(dtype=torch.float64) * lists).clamp_min(1))
+        return int(read) / max(int(visible) * lists, 1)
 
     def to_flex(self) -> BlockMask:
         """FlexAttention's `BlockMask` (blocks only; what lies inside them is up to its mask)."""
@@ -100,6 +102,13 @@ class BlockLayout:
         )
 
 
+def _check_range(name: str, values: Tensor, limit: int) -> None:
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+        raise ValueError(
+            f"{name} must lie in [0, {limit}), got [{int(values.min())}, {int(values.max())}]"
+        )
+
+
 def as_block(block: int | tuple[int, int]) -> tuple[int, int]:
     """A block size as (rows, keys); raises for sizes below 1."""
     bq, bk = (block, block) if isinstance(block, int) else block
@@ -113,19 +122,27 @@ def grid_of(lengths: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]
 
 def visible_pairs(lengths: tuple[int, int], block: tuple[int, int], causal: bool) -> Tensor:
     """Visible query-key pairs of every block (nQ, nK), int64, without visiting the pairs."""
-    (lq, lk), (bq, bk) = lengths, block
-    grid = TileGrid.of(lq, lk, bq)
-    start = max(lk - lq, 0)
-    q_lo = ((torch.arange(grid.tiles) + grid.first) * bq).clamp_min(start)[:, None]
-    q_hi = ((torch.arange(grid.tiles) + grid.first + 1) * bq).clamp_max(start + lq)[:, None]
-    k_lo = (torch.arange(-(-lk // bk)) * bk)[None]
-    k_hi = (k_lo + bk).clamp_max(lk)
+    q_lo, q_hi = (x[:, None] for x in _row_edges(lengths, block[0]))
+    k_lo = torch.arange(-(-lengths[1] // block[1])) * block[1]
+    return _count_pairs(q_lo, q_hi, k_lo, (k_lo + block[1]).clamp_max(lengths[1]), causal)
+
+
+def _row_edges(lengths: tuple[int, int], rows: int) -> tuple[Tensor, Tensor]:
+    """Positions of the first query of every query block and of the one after its last (nQ,)."""
+    (lq, lk), grid = lengths, TileGrid.of(*lengths, rows)
+    start = query_offset(lq, lk)
+    lo = (torch.arange(grid.tiles) + grid.first) * rows
+    return lo.clamp_min(start), (lo + rows).clamp_max(start + lq)
+
+
+def _count_pairs(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, causal: bool) -> Tensor:
+    """Visible pairs of queries [q_lo, q_hi) and keys [k_lo, k_hi), which broadcast."""
     if not causal:
         return (q_hi - q_lo) * (k_hi - k_lo)
 
     # The row at position p sees min(p + 1, k_hi) - min(p + 1, k_lo) keys of the block.
     def seen(k_end: Tensor) -> Tensor:
-        lo, hi = q_lo.clamp_max(k_end), q_hi.clamp_max(k_end)
+        lo, hi = torch.minimum(q_lo, k_end), torch.minimum(q_hi, k_end)
         ramp = (hi * (hi + 1) - lo * (lo + 1)) // 2
         return ramp + (q_hi - hi - (q_lo - lo)) * k_end
 
@@ -140,10 +157,15 @@ def from_map(
 ) -> BlockLayout:
     """Layout of a bool block map (1|B, 1|Hkv|Hq, nQ, nK); `partial` is a map of the same shape."""
     size = as_block(block)
-    if chosen.dtype != torch.bool or chosen.shape[-2:] != grid_of(lengths, size):
+    grid = grid_of(lengths, size)
+    if chosen.dtype != torch.bool or chosen.dim() != 4 or chosen.shape[-2:] != grid:
         raise ValueError(
-            f"block map must be bool (…, {grid_of(lengths, size)}), got {chosen.dtype} "
-            f"{tuple(chosen.shape)}"
+            f"chosen must be a bool block map (batch, heads, {grid[0]}, {grid[1]}), "
+            f"got {chosen.dtype} {tuple(chosen.shape)}"
+        )
+    if partial is not None and partial.shape != chosen.shape:
+        raise ValueError(
+            f"partial must be {tuple(chosen.shape)} like chosen, got {tuple(partial.shape)}"
         )
     counts = chosen.sum(-1, dtype=torch.int32)
     width = max(int(counts.max()) if counts.numel() else 0, 1)
@@ -168,16 +190,24 @@ def from_mask(mask: Mask, q_len: int, k_len: int, block: int | tuple[int, int]) 
     b, h = mask.axes(torch.device("cpu"))
     full = (mask.batch, mask.heads, grid.tiles, nk)
     some, every = (x.expand(full).clone() for x in mask.bounds(b, h, *edges))
-    open_tiles = (some & ~every).nonzero()
     start, end = int(q_pos[0, 0]), k_len
-    for tiles in open_tiles.split(max(1, _PAIRS // (bq * bk))):
-        at_b, at_h, i, j = (x.view(-1, 1, 1) for x in tiles.unbind(-1))
-        rows = (i + grid.first) * bq + torch.arange(bq).view(1, -1, 1)
-        cols = j * bk + torch.arange(bk).view(1, 1, -1)
-        real = (rows >= start) & (rows < start + q_len) & (cols < end)
-        seen = mask(at_b, at_h, rows.clamp(start, start + q_len - 1), cols.clamp_max(end - 1))
-        some[tuple(tiles.T)] = (seen & real).flatten(1).any(-1)
-        every[tuple(tiles.T)] = (seen | ~real).flatten(1).all(-1)
+
+    def look(tiles: Tensor, inner: Tensor) -> None:
+        """Classify tiles by their rows `inner`."""
+        for part in tiles.split(max(1, _PAIRS // (inner.numel() * bk))):
+            at_b, at_h, i, j = (x.view(-1, 1, 1) for x in part.unbind(-1))
+            rows = (i + grid.first) * bq + inner.view(1, -1, 1)
+            cols = j * bk + torch.arange(bk).view(1, 1, -1)
+            real = (rows >= start) & (rows < start + q_len) & (cols < end)
+            seen = mask(at_b, at_h, rows.clamp(start, start + q_len - 1), cols.clamp_max(end - 1))
+            some[tuple(part.T)] = (seen & real).flatten(1).any(-1)
+            every[tuple(part.T)] = (seen | ~real).flatten(1).all(-1)
+
+    # An outer row settles most tiles: it shows a visible and a hidden pair.
+    undecided = (some & ~every).nonzero()
+    for inner in (torch.tensor([bq - 1]), torch.tensor([0]), torch.arange(bq)):
+        look(undecided, inner)
+        undecided = undecided[(~some | every)[tuple(undecided.T)]]
     return from_map(some, (bq, bk), (q_len, k_len), ~every)
 
 

@@ -78,7 +78,7 @@ class Mask:
         )
 
     def take(self, row: int, slots: Tensor | None = None) -> Mask:
-        """The mask of batch row `row` alone; position p then stands for position slots[p]."""
+        """The mask of batch row `row` alone; position p then stands for slots[p], ascending."""
 
         def moved(b: Tensor, h: Tensor, *pos: Tensor) -> tuple[Tensor, ...]:
             if slots is not None:
@@ -197,12 +197,29 @@ def groups(ids: Tensor, links: Tensor | None = None) -> Mask:
     links[g, m] says that queries of group g see keys of group m.
     """
     table = _rows(ids, "ids")
+    if table.is_floating_point() or table.dtype == torch.bool:
+        raise TypeError(f"ids must be an integer tensor, got {table.dtype}")
+    if links is not None and (
+        links.dtype != torch.bool
+        or links.shape != (len(links), len(links))
+        or not 0 <= int(table.min()) <= int(table.max()) < len(links)
+    ):
+        raise ValueError(
+            f"links must be a bool tensor (G, G) with every id in [0, G), got {links.dtype} "
+            f"{tuple(links.shape)} for ids in [{int(table.min())}, {int(table.max())}]"
+        )
 
     def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         gq, gk = _lookup(table, b, q), _lookup(table, b, k)
         return gq == gk if links is None else links.to(q.device)[gq, gk]
 
-    return Mask(predicate, batch=table.shape[0], name="groups(…)")
+    def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids that never fall: those of a tile lie between the ids of its ends."""
+        q_lo, q_hi, k_lo, k_hi = (_lookup(table, b, x) for x in tile)
+        return (k_lo <= q_hi) & (q_lo <= k_hi), (k_lo == q_hi) & (q_lo == k_hi)
+
+    ordered = links is None and bool((table.diff(dim=-1) >= 0).all())
+    return Mask(predicate, bounds if ordered else _unknown, table.shape[0], name="groups(…)")
 
 
 def documents(ids: Tensor) -> Mask:
@@ -220,7 +237,8 @@ def padding(valid: Tensor) -> Mask:
     def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
         _, _, k_lo, k_hi = tile
         real = _lookup(before, b, k_hi + 1) - _lookup(before, b, k_lo)
-        return real > 0, real == k_hi - k_lo + 1
+        off_table = (k_lo < 0) | (k_hi >= table.shape[1])
+        return (real > 0) | off_table, real == k_hi - k_lo + 1
 
     return Mask(
         lambda b, h, q, k: _lookup(table, b, k) & (q >= 0),

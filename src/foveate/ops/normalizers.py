@@ -17,7 +17,8 @@ class Normalizer:
     """Turns scores of a query row into weights, one block of keys at a time.
 
     A walk over the key blocks calls `update(stats, scores, visible)` and then `weight(scores,
-    stats)`; weights of invisible pairs are zeroed by the walk. With `passes` 2 all updates come
+    stats)`. Scores of invisible pairs are -inf and their weights are zeroed by the walk; a `weight`
+    whose gradient is not finite at -inf must replace them itself. With `passes` 2 all updates come
     before the first weight. `update` returns the new statistics and the factor by which what was
     accumulated so far must shrink. `finish(acc, stats)` ends a row; `merge` joins two halves.
     Statistics are float32 or wider, shaped (…, rows, 1).
@@ -78,7 +79,9 @@ class Softmax(Normalizer):
 
     def lse(self, stats: Stats) -> Tensor:
         """Maximum plus log of the sum."""
-        return (stats["max"] + stats["sum"].log()).squeeze(-1)
+        empty = stats["sum"] == 0  # log(0) is right forward and NaN backward
+        lse = stats["max"] + stats["sum"].masked_fill(empty, 1).log()
+        return lse.masked_fill(empty, -math.inf).squeeze(-1)
 
     def merge(self, a: tuple[Tensor, Stats], b: tuple[Tensor, Stats]) -> tuple[Tensor, Stats]:
         """Bring both halves to the common maximum and add."""

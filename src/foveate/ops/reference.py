@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask, causal
-from foveate.ops.normalizers import Normalizer, Softmax
+from foveate.ops.normalizers import Normalizer, Softmax, Stats
 from foveate.ops.shapes import TileGrid, positions
 from foveate.ops.tile import default_scale
 
@@ -44,19 +44,28 @@ def visible_pairs(
     return seen
 
 
-def weigh(s: Tensor, seen: Tensor, v: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
-    """Outputs and lse of whole rows of logits."""
+def values_of(s: Tensor, v: Tensor) -> Tensor:
+    """Values repeated for the query heads of logits."""
+    return v.to(s.dtype).repeat_interleave(s.shape[1] // v.shape[1], 1)
+
+
+def softmax_rows(s: Tensor, seen: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention of whole rows of logits: outputs and lse."""
+    s = s.masked_fill(~seen, -math.inf)
+    empty = ~seen.expand_as(s).any(-1, keepdim=True)
+    weights = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty | ~seen, 0.0)
+    return weights @ values_of(s, v), torch.logsumexp(s, -1)
+
+
+def normalized_rows(
+    s: Tensor, seen: Tensor, v: Tensor, normalizer: Normalizer
+) -> tuple[Tensor, Stats]:
+    """Attention of whole rows of logits under any normaliser: outputs and statistics."""
     seen = seen.expand_as(s)
     s = s.masked_fill(~seen, -math.inf)
-    values = v.to(s.dtype).repeat_interleave(s.shape[1] // v.shape[1], 1)
-    if isinstance(normalizer, Softmax):
-        empty = ~seen.any(-1, keepdim=True)
-        weights = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty | ~seen, 0.0)
-        return weights @ values, torch.logsumexp(s, -1)
-    stats = normalizer.init(s[..., :1] * 0)
-    stats, _ = normalizer.update(stats, s, seen)
+    stats, _ = normalizer.update(normalizer.init(s.new_zeros(*s.shape[:-1], 1)), s, seen)
     weights = normalizer.weight(s, stats).masked_fill(~seen, 0.0)
-    return normalizer.finish(weights @ values, stats), torch.full_like(s[..., 0], math.nan)
+    return normalizer.finish(weights @ values_of(s, v), stats), stats
 
 
 def attend_reference(
@@ -72,12 +81,16 @@ def attend_reference(
     normalizer: Normalizer,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
-    return_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """`attend` with the whole matrix of weights."""
     s = logits(q, k, scale, bias, softcap)
-    out, lse = weigh(s, visible_pairs(q, k, mask, is_causal, q_pos, k_pos), v, normalizer)
-    return out.to(q.dtype), lse
+    seen = visible_pairs(q, k, mask, is_causal, q_pos, k_pos)
+    if isinstance(normalizer, Softmax):
+        out, lse = softmax_rows(s, seen, v)
+        return out.to(q.dtype), lse
+    out, stats = normalized_rows(s, seen, v, normalizer)
+    return out.to(q.dtype), normalizer.lse(stats) if return_lse else None
 
 
 def expand_layout(layout: BlockLayout, q_heads: int) -> Tensor:
@@ -108,7 +121,7 @@ def block_sparse_reference(
     s = logits(q, k, scale, bias, softcap)
     seen = visible_pairs(q, k, mask, is_causal, q_pos, k_pos)
     seen = seen & expand_layout(layout, q.shape[1]).to(q.device)
-    out, lse = weigh(s, seen, v, Softmax())
+    out, lse = softmax_rows(s, seen, v)
     return out.to(q.dtype), lse
 
 
@@ -139,7 +152,7 @@ def gather_reference(
             token = token.clamp_max(lk - 1)[..., None].long()
             times.scatter_add_(-1, token, real[..., None].float())
     s = logits(q, k, scale, bias, softcap)
-    out, lse = weigh(s + times.log().to(s.dtype), times > 0, v, Softmax())
+    out, lse = softmax_rows(s + times.log().to(s.dtype), times > 0, v)
     return out.to(q.dtype), lse
 
 

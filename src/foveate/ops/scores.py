@@ -22,6 +22,14 @@ def _pick(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
+def _check_valid(name: str, valid: Tensor | None, batch: int, length: int) -> None:
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != (batch, length)):
+        raise ValueError(
+            f"{name} must be a bool tensor ({batch}, {length}), True = real token, "
+            f"got {valid.dtype} {tuple(valid.shape)}"
+        )
+
+
 def pool_blocks(
     x: Tensor,
     block: int,
@@ -39,6 +47,7 @@ def pool_blocks(
     check_block("block", block)
     _pick("mode", mode, ("mean", "max", "min"))
     b, h, length, d = x.shape
+    _check_valid("valid", valid, b, length)
     n = -(-(lead + length) // block)
     tail = n * block - lead - length
     real = x.new_ones(b, length, dtype=torch.bool) if valid is None else valid
@@ -48,7 +57,7 @@ def pool_blocks(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     tiles = torch.nn.functional.pad(wide, (0, 0, lead, tail)).view(b, h, n, block, d)
     if mode == "mean":
-        return (tiles * real).sum(3) / real.sum(3).clamp_min(1)
+        return tiles.masked_fill(~real, 0.0).sum(3) / real.sum(3).clamp_min(1)
     sign = 1.0 if mode == "max" else -1.0
     best = (tiles * sign).masked_fill(~real, float("-inf")).amax(3) * sign
     return best.masked_fill(~real.any(3), 0.0)
@@ -77,13 +86,16 @@ def block_mass(
 
     lse (B, Hq, Lq) is that of the same attention. Returns (B, Hq, nQ, nK) float32, or
     (B, Hq, Lq, nK) with reduce_q "none". reduce_q is sum, max, mean (over real rows) or none;
-    reduce_k sum or max; `entry(p, s)` may replace the probability p = exp(s - lse).
+    reduce_k sum or max; `entry(p, s)` >= 0 may replace the probability p = exp(s - lse). Pairs
+    that are not visible count 0.
     """
     _pick("reduce_q", reduce_q, ("sum", "max", "mean", "none"))
     _pick("reduce_k", reduce_k, ("sum", "max"))
     bq, bk = (block, block) if isinstance(block, int) else block
     shape = check_qkv(q, k)
     check_causal(shape.q_len, shape.k_len, causal)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must be {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
     rule = mask if not causal else (causal_mask() if mask is None else mask & causal_mask())
     q_pos, k_pos = positions(shape.q_len, shape.k_len, None, None, q.device)
     grid = TileGrid.of(shape.q_len, shape.k_len, check_block("block rows", bq))
@@ -94,12 +106,12 @@ def block_mass(
         lo = max(t * bq - grid.lead, 0)
         rows = slice(lo, min((t + 1) * bq - grid.lead, shape.q_len))
         s = grouped_logits(q[:, :, rows], k, factor)
+        seen = torch.ones((), dtype=torch.bool, device=q.device)
         if rule is not None:
-            at = (*rule.axes(q.device), q_pos[:, None, rows, None], k_pos[:, None, None])
-            s = s.masked_fill(~rule(*at), float("-inf"))
+            seen = rule(*rule.axes(q.device), q_pos[:, None, rows, None], k_pos[:, None, None])
         base = lse[:, :, rows, None]
-        p = torch.exp(s - base.masked_fill(torch.isinf(base), 0))
-        p = p if entry is None else entry(p, s)
+        p = torch.exp(s - base.masked_fill(torch.isinf(base), float("inf")))
+        p = (p if entry is None else entry(p, s)).masked_fill(~seen, 0.0)
         p = torch.nn.functional.pad(p, (0, n_k * bk - shape.k_len))
         p = _reduce(p.view(*p.shape[:3], n_k, bk), reduce_k, -1)
         tiles.append(p if reduce_q == "none" else _reduce(p, reduce_q, 2)[:, :, None])
@@ -137,6 +149,8 @@ def token_scores(
         raise ValueError(f"pool must be odd (or 0 for none), got {pool}")
     shape = check_qkv(q, k)
     check_causal(shape.q_len, shape.k_len, causal)
+    _check_valid("valid", valid, shape.batch, shape.k_len)
+    _check_valid("q_valid", q_valid, shape.batch, shape.q_len)
     if over == "last":
         q, q_valid = q[:, :, -1:], None if q_valid is None else q_valid[:, -1:]
     scores = torch.stack(
@@ -183,8 +197,9 @@ def _observed(
         if valid is not None:
             hidden = hidden | ~valid[row]
         s = s.masked_fill(hidden, float("-inf"))
-        s = torch.softmax(s, -1).nan_to_num(0.0) if softmax else s.masked_fill(hidden, 0.0)
-        part = s.amax(1) if over == "max" else s.sum(1)
+        if softmax:
+            s = torch.softmax(s, -1).nan_to_num(0.0)
+        part = s.amax(1) if over == "max" else s.masked_fill(hidden, 0.0).sum(1)
         if total is None:
             total = part
         else:
@@ -192,6 +207,7 @@ def _observed(
         count += rows.numel()
     if total is None:
         return q.new_zeros(q.shape[1], lk, dtype=torch.float32)
+    total = total.masked_fill(torch.isinf(total), 0.0)  # raw logits of a key that no query saw
     return total / count if over == "mean" else total
 
 

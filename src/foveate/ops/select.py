@@ -52,13 +52,15 @@ def top_p(
     seen = _visible(probs, visible)
     if p >= 1:
         return seen.clone()
-    mass = probs.masked_fill(~seen, 0.0)
+    mass = probs.masked_fill(~seen, -1.0)
     if scope == "head":
         mass = mass.flatten(-2)
     ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+    ranked = ranked.clamp_min(0.0)
     total = ranked.sum(-1, keepdim=True)
     after = ranked.cumsum(-1)
     kept = (after - ranked < p * total) if crossing == "include" else (after <= p * total)
+    kept &= ranked > 0
     kept[..., 0] = True
     out = torch.zeros_like(kept).scatter_(-1, order, kept)
     return out.view_as(probs) & seen

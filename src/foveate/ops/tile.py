@@ -40,12 +40,14 @@ def flash(
     causal: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's CPU kernel on 4-D tensors, grouped heads read in place: out and float32 lse."""
+    """PyTorch's CPU kernel on 4-D tensors, grouped heads read in place: out and lse."""
     if bias is not None:
-        bias = bias.to(q.dtype)
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
+    if scale < 0:  # the kernel takes the maximum of a row before it scales
+        q, scale = -q, -scale
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    return out, lse.float()
+    return out, lse
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -94,11 +96,13 @@ def attend_tile(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one tile: q (N, Hq, R, D), k, v (N, Hkv, M, ·), additive bias or None.
 
-    Returns out and float32 lse; the written-out form is recomputed in the backward pass, so that
-    a long list of tiles keeps no weights.
+    Returns out and lse. Under autograd the weights are kept: callers with many tiles wrap the
+    call, and the gathering before it, in `recomputed`.
     """
     if k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf).float()
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     if has_flash(q, v, softcap, k, bias):
         if bias is None:
             return flash(q, k, v, scale)
@@ -108,7 +112,7 @@ def attend_tile(
         suspect = (lse == 0).nonzero(as_tuple=True)
         lse[suspect] = lse[suspect].masked_fill(torch.isinf(bias[suspect]).all(-1), -math.inf)
         return out, lse
-    return recomputed(softmax_tile, q, k, v, bias, scale, softcap)
+    return softmax_tile(q, k, v, bias, scale, softcap)
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:

@@ -1,0 +1,74 @@
+"""The audit: every mechanism against every property it owes, one table without an empty cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.registry import find, lookup
+
+
+class Fault(AssertionError):
+    """A property that does not hold; the message says by how much."""
+
+
+class Unfit(Exception):
+    """A property that does not apply; the message says why."""
+
+
+Check = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One cell: passed, does not apply (with the reason), or failed (with what was seen)."""
+
+    mechanism: str
+    prop: str
+    state: str
+    reason: str = ""
+
+
+def properties(kind: str) -> dict[str, Check]:
+    """The checks for a kind by name, in the order of the table."""
+    if kind == "attention":
+        from foveate.bench.audit.attention import PROPERTIES
+
+        return PROPERTIES
+    if kind == "cache":
+        from foveate.bench.audit.cache import PROPERTIES as POLICIES
+
+        return POLICIES
+    raise ValueError(f"nothing to audit for kind {kind!r}; known: attention, cache")
+
+
+def verdict(name: str, prop: str) -> Verdict:
+    """Check one property of one registered mechanism."""
+    cls = lookup(name)
+    exempt = cls.card.exempt.get(prop)
+    if exempt:
+        return Verdict(name, prop, "n/a", exempt)
+    try:
+        properties(cls.card.kind)[prop](cls)
+    except Unfit as reason:
+        return Verdict(name, prop, "n/a", str(reason))
+    except Fault as fault:
+        return Verdict(name, prop, "failed", str(fault))
+    return Verdict(name, prop, "passed")
+
+
+def audited(names: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Mechanisms that can be audited, as (name, kind), or the named ones; ValueError if unknown."""
+    cards = [lookup(name).card for name in names] or find()
+    for card in cards:
+        if names:
+            properties(card.kind)
+    return [(c.name, c.kind) for c in cards if c.kind in ("attention", "cache")]
+
+
+def audit(names: Sequence[str] = ()) -> Iterator[Verdict]:
+    """Every cell of the table, mechanism by mechanism."""
+    for name, kind in audited(names):
+        for prop in properties(kind):
+            yield verdict(name, prop)

@@ -1,0 +1,236 @@
+"""What every mechanism of kind "cache" owes, checked inside a small random model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.bench.audit import Check, Fault, Unfit
+from foveate.cache.base import CachePolicy
+from foveate.hf.attach import attach
+from foveate.registry import create, spec_of
+
+PROMPT, STEPS = 64, 12
+
+
+@cache
+def model() -> Any:
+    """A random Llama of two layers, four query heads on two kv heads of 16, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # wide enough that attention is far from uniform
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    """Random tokens (1, length) without the special ones."""
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows (1, n) as one left-padded batch, and its mask."""
+    width = max(row.shape[1] for row in rows)
+    ids = [torch.nn.functional.pad(r, (width - r.shape[1], 0)) for r in rows]
+    mask = [torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in rows]
+    return torch.cat(ids), torch.cat(mask)
+
+
+def small(cls: Any) -> CachePolicy:
+    """The policy with options at which it drops or rounds something of `PROMPT` tokens."""
+    made: CachePolicy = create(cls.card.name, **cls.card.small)
+    return made
+
+
+@torch.no_grad()
+def fed(
+    policy: CachePolicy | None,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    store: Any = None,
+    start: int = PROMPT,
+    swap: Tensor | None = None,
+) -> Tensor:
+    """Logits (B, steps, vocabulary) of a prompt's end and of the tokens fed one by one after it.
+
+    With `swap` the rows change places, in the cache and in what follows, after the first half of
+    the steps.
+    """
+    from transformers import DynamicCache
+
+    store = DynamicCache() if store is None else store
+    mask = torch.ones_like(ids) if mask is None else mask
+    at, outs = (mask.cumsum(1) - 1).clamp_min(0), []
+    with attach(model(), cache=policy):
+        for lo, hi in [(0, start), *((i, i + 1) for i in range(start, ids.shape[1]))]:
+            if swap is not None and lo == (start + ids.shape[1]) // 2:
+                store.reorder_cache(swap)
+                ids, mask, at = ids[swap], mask[swap], at[swap]
+            given = {"attention_mask": mask[:, :hi], "position_ids": at[:, lo:hi]}
+            outs.append(model()(ids[:, lo:hi], past_key_values=store, **given).logits[:, -1:])
+    return torch.cat(outs, 1)
+
+
+def generated(
+    policy: CachePolicy, ids: Tensor, mask: Tensor | None = None, beams: int = 1
+) -> Tensor:
+    """New tokens (B, STEPS) of greedy or beam search."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    count = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
+    with attach(model(), cache=policy):
+        out: Tensor = model().generate(
+            ids, attention_mask=mask, do_sample=False, num_beams=beams, **count
+        )
+    return out[:, ids.shape[1] :]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Raise Fault when logits differ or hold a NaN."""
+    gap = float((a.double() - b.double()).abs().max())
+    if not gap <= tolerance:
+        raise Fault(f"logits differ by {gap:.2e}, {tolerance:.0e} is allowed")
+
+
+def acts(cls: Any) -> None:
+    """At small options the policy does something."""
+    ids = tokens(PROMPT + STEPS)
+    gap = float((fed(small(cls), ids) - fed(None, ids))[:, 1:].abs().max())
+    if gap < 1e-3:
+        raise Fault(f"the options for the audit leave nothing out (gap {gap:.1e})")
+
+
+def full_budget(cls: Any) -> None:
+    """With an all-covering budget the logits are those of the plain cache."""
+    if not cls.card.full:
+        raise Unfit("has no setting without loss")
+    policy = create(cls.card.name, **{**cls.card.small, **cls.card.full})
+    ids = tokens(PROMPT + STEPS)
+    close(fed(policy, ids), fed(None, ids))
+
+
+def prompt_untouched(cls: Any) -> None:
+    """The prompt itself attends to everything: its own logits are those of the plain model."""
+    ids = tokens(PROMPT)
+    close(fed(small(cls), ids), fed(None, ids))
+
+
+def bytes_held(cls: Any) -> None:
+    """After every step the storages hold the bytes that the policy claims, within 2 %."""
+    from transformers import DynamicCache
+
+    policy, store, ids = small(cls), DynamicCache(), tokens(PROMPT + STEPS)
+    config = model().config
+    sizes = {"kv_heads": config.num_key_value_heads, "dim": config.head_dim, "itemsize": 4}
+    with attach(model(), cache=policy), torch.no_grad():
+        for seen in range(PROMPT, ids.shape[1]):
+            model()(ids[:, store.get_seq_length() : seen], past_key_values=store)
+            for layer in store.layers:
+                kept = getattr(layer, "kept", None)
+                exact = kept["k"].shape[2] if kept else 0
+                claim = policy.claimed_bytes(seen, PROMPT, exact=exact, **sizes)
+                held = layer.nbytes() - _shared(layer)
+                if abs(held / claim - 1) > 0.02:
+                    raise Fault(f"holds {held} bytes after {seen} tokens, claims {claim:.0f}")
+
+
+def _shared(layer: Any) -> int:
+    """Bytes of positions, which one layer holds for all."""
+    positions = getattr(layer, "positions", None)
+    return 0 if positions is None else positions.nbytes
+
+
+def reset_is_fresh(cls: Any) -> None:
+    """A cache that was used and reset serves like a new one."""
+    from transformers import DynamicCache
+
+    store, ids = DynamicCache(), tokens(PROMPT + STEPS)
+    fed(small(cls), tokens(PROMPT + 3, 1), store=store)
+    store.reset()
+    if store.get_seq_length():
+        raise Fault(f"{store.get_seq_length()} tokens are left after reset")
+    close(fed(small(cls), ids, store=store), fed(small(cls), ids), 0.0)
+
+
+def reorder(cls: Any) -> None:
+    """Swapping the rows of the cache and of what follows swaps the logits."""
+    ids, mask = left_padded([tokens(PROMPT + STEPS, 1), tokens(PROMPT - 9, 2)])
+    swap, half = torch.tensor([1, 0]), STEPS // 2
+    plain, swapped = fed(small(cls), ids, mask), fed(small(cls), ids, mask, swap=swap)
+    close(swapped[:, : half + 1], plain[:, : half + 1])
+    close(swapped[:, half + 1 :], plain[swap, half + 1 :])
+
+
+def _rows_alone(cls: Any, beams: int) -> None:
+    rows = [tokens(PROMPT, 1), tokens(PROMPT - 23, 2), tokens(5, 3)]
+    together = generated(small(cls), *left_padded(rows), beams=beams)
+    alone = torch.cat([generated(small(cls), row, beams=beams) for row in rows])
+    if not torch.equal(together, alone):
+        raise Fault("a row of a left-padded batch gives other tokens than the row alone")
+
+
+def left_padding(cls: Any) -> None:
+    """Greedy tokens of a left-padded row are those of the row alone."""
+    _rows_alone(cls, 1)
+
+
+def beam_search(cls: Any) -> None:
+    """The same with three beams."""
+    _rows_alone(cls, 3)
+
+
+def chunks(cls: Any) -> None:
+    """A second chunk after the prompt runs, and sees what single steps see."""
+    from transformers import DynamicCache
+
+    policy, store, ids = small(cls), DynamicCache(), tokens(PROMPT + STEPS)
+    with attach(model(), cache=policy), torch.no_grad():
+        model()(ids[:, :PROMPT], past_key_values=store)
+        chunk = model()(ids[:, PROMPT:], past_key_values=store).logits
+    close(chunk[:, :1], fed(policy, ids)[:, 1:2])
+    if not torch.isfinite(chunk).all():
+        raise Fault("a later chunk gives NaN or infinity")
+
+
+def configuration(cls: Any) -> None:
+    """A configuration survives its spec string, JSON, pickling and copying."""
+    policy = small(cls)
+    plain = json.loads(json.dumps(dataclasses.asdict(policy)))
+    held = {k: tuple(x) if isinstance(x, list) else x for k, x in plain.items()}
+    copies = (create(spec_of(policy)), cls(**held), pickle.loads(pickle.dumps(policy)))
+    for other in (*copies, copy.deepcopy(policy)):
+        if other != policy or hash(other) != hash(policy):
+            raise Fault(f"{other} is not {policy}")
+
+
+PROPERTIES: dict[str, Check] = {
+    "acts": acts,
+    "full budget = dense": full_budget,
+    "prompt untouched": prompt_untouched,
+    "bytes held = claimed": bytes_held,
+    "reset = fresh": reset_is_fresh,
+    "reorder": reorder,
+    "left padding": left_padding,
+    "beam search": beam_search,
+    "chunks": chunks,
+    "configuration": configuration,
+}

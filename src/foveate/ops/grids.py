@@ -1,0 +1,275 @@
+"""Masks of strides and of 1-D to 3-D grids, whose tokens lie in row-major order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from math import prod
+from operator import add, and_
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from foveate.ops.mask import Mask, window
+from foveate.ops.shapes import check_block
+
+T = TypeVar("T")
+# A token's coordinate on every axis; or, of a tile, its lowest and highest one.
+Coords = list[Tensor]
+Hull = list[tuple[Tensor, Tensor]]
+
+
+def strided(stride: int, *, local: int = 1, block: int = 1, offset: int | Tensor = 0) -> Mask:
+    """Every `stride`-th block of `block` keys, and the blocks at distance below `local`.
+
+    Key block J is seen by query block I when |I - J| < local or (J + offset) % stride == 0: strides
+    are absolute, so that a key that fell out of sight never returns. `offset` (heads,) shifts the
+    heads apart. Raises ValueError for sizes below 1.
+    """
+    for name, value in (("stride", stride), ("local", local), ("block", block)):
+        check_block(name, value)
+    if isinstance(offset, Tensor) and (offset.dim() != 1 or offset.is_floating_point()):
+        raise ValueError(f"offset per head must be a 1-D integer tensor, got {offset}")
+    if not isinstance(offset, Tensor | int):
+        raise TypeError(f"offset must be an integer, got {offset!r}")
+    band = window(local)
+
+    def shift(h: Tensor) -> int | Tensor:
+        return offset.to(h.device)[h] if isinstance(offset, Tensor) else offset
+
+    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return band(b, h, q // block, k // block) | ((k // block + shift(h)) % stride == 0)
+
+    def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
+        q_lo, q_hi, k_lo, k_hi = (x // block for x in tile)
+        some, every = band.bounds(b, h, q_lo, q_hi, k_lo, k_hi)
+        hits = (k_hi + shift(h)) // stride - (k_lo + shift(h) - 1) // stride
+        return some | (hits > 0), every | (hits == k_hi - k_lo + 1)
+
+    heads = offset.numel() if isinstance(offset, Tensor) else 1
+    return Mask(predicate, bounds, heads=heads, name=f"strided({stride})")
+
+
+def neighborhood(
+    shape: int | tuple[int, ...],
+    window: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
+    start: int = 0,
+) -> Mask:
+    """Each token sees `window` tokens per axis around it on a grid of 1 to 3 axes.
+
+    Windows are shifted at borders, not clipped, so every query sees exactly `window` keys per axis;
+    the `stride` queries of a group share one window; with `dilation` t only every t-th token
+    counts; on a causal axis the window ends at the query (and is clipped). Options may be given per
+    axis; the grid begins at position `start`, and what lies off it neither sees nor is seen.
+    (Generalized neighborhood attention, 2025; with stride 1 that of fused neighborhood
+    attention, 2024.) Raises ValueError where the rules
+    stride <= window and window * dilation <= length are broken.
+    """
+    grid = _Grid.of(shape, start)
+    axes = [
+        _Axis(*sizes)
+        for sizes in zip(
+            grid.shape,
+            _per_axis("window", window, grid),
+            _per_axis("stride", stride, grid),
+            _per_axis("dilation", dilation, grid),
+            _per_axis("causal", causal, grid),
+            strict=True,
+        )
+    ]
+    for axis in axes:
+        axis.check()
+
+    def seen(q: Coords, k: Coords) -> Tensor:
+        return reduce(and_, [axis.seen(i, j) for axis, i, j in zip(axes, q, k, strict=True)])
+
+    def certain(q: Hull, k: Hull) -> tuple[Tensor, Tensor]:
+        parts = [axis.certain(i, j) for axis, i, j in zip(axes, q, k, strict=True)]
+        return reduce(and_, [some for some, _ in parts]), reduce(
+            and_, [every for _, every in parts]
+        )
+
+    return grid.mask(seen, certain, f"neighborhood({shape}, {window})")
+
+
+def disc(shape: int | tuple[int, ...], radius: float, *, start: int = 0) -> Mask:
+    """Each token sees the tokens at Euclidean distance below `radius` on a grid of 1 to 3 axes.
+
+    The disc is clipped at borders; the grid begins at position `start`, what lies off it neither
+    sees nor is seen. (CLEAR, 2024.)
+    """
+    grid = _Grid.of(shape, start)
+    if not radius > 0:
+        raise ValueError(f"radius must be above 0, got {radius}")
+
+    def seen(q: Coords, k: Coords) -> Tensor:
+        return reduce(add, [(i - j) ** 2 for i, j in zip(q, k, strict=True)]) < radius**2
+
+    def certain(q: Hull, k: Hull) -> tuple[Tensor, Tensor]:
+        gaps = [_distances(i, j) for i, j in zip(q, k, strict=True)]
+        near, far = (reduce(add, [gap[n] ** 2 for gap in gaps]) for n in (0, 1))
+        return near < radius**2, far < radius**2
+
+    return grid.mask(seen, certain, f"disc({shape}, {radius})")
+
+
+def radial(frames: int, tokens_per_frame: int, *, sink: bool = True, start: int = 0) -> Mask:
+    """Video tokens, frame by frame: the spatial window halves as the temporal distance doubles.
+
+    With e = floor(log2(max(|i - j|, 1))), token a of frame i sees token c of frame j when
+    (|a - c| + 1) * 2^e <= P, or when a == c and |i - j| is a multiple of ceil(2^e / P), or with
+    `sink` when j is frame 0. The video begins at position `start`, what lies off it neither sees
+    nor is seen. (Radial Attention, 2025.)
+    """
+    size = check_block("tokens_per_frame", tokens_per_frame)
+    grid = _Grid.of((check_block("frames", frames), size), start)
+    stretch = torch.tensor([1 << (max(d, 1).bit_length() - 1) for d in range(frames)])
+    period = -(-stretch // size)
+
+    def seen(q: Coords, k: Coords) -> Tensor:
+        (i, a), (j, c) = q, k
+        apart, gap = (i - j).abs(), (a - c).abs()
+        near = (gap + 1) * stretch.to(gap.device)[apart] <= size
+        line = (gap == 0) & (apart % period.to(gap.device)[apart] == 0)
+        return near | line | (j == 0) if sink else near | line
+
+    def certain(q: Hull, k: Hull) -> tuple[Tensor, Tensor]:
+        (apart_lo, apart_hi), (gap_lo, gap_hi) = (
+            _distances(i, j) for i, j in zip(q, k, strict=True)
+        )
+        far = stretch.to(gap_lo.device)
+        some = ((gap_lo + 1) * far[apart_lo] <= size) | (gap_lo == 0)
+        every = (gap_hi + 1) * far[apart_hi] <= size
+        first, last = k[0]
+        return (some | (first == 0), every | (last == 0)) if sink else (some, every)
+
+    return grid.mask(seen, certain, f"radial({frames}, {tokens_per_frame})")
+
+
+class _Grid(NamedTuple):
+    """A grid whose tokens lie in row-major order from position `start` on."""
+
+    shape: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, shape: int | tuple[int, ...], start: int) -> _Grid:
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not 1 <= len(sizes) <= 3:
+            raise ValueError(f"shape must have 1 to 3 axes, got {shape}")
+        for size in sizes:
+            check_block("shape", size)
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        return cls(sizes, start)
+
+    def inner(self, axis: int) -> int:
+        """Tokens from one coordinate of an axis to the next."""
+        return prod(self.shape[axis + 1 :])
+
+    def coords(self, pos: Tensor) -> Coords:
+        """Coordinates of positions; those off the grid are moved onto it."""
+        at = (pos - self.start).clamp(0, prod(self.shape) - 1)
+        return [at // self.inner(n) % size for n, size in enumerate(self.shape)]
+
+    def hull(self, lo: Tensor, hi: Tensor) -> Hull:
+        """On every axis the lowest and highest coordinate of the positions lo to hi."""
+        first, last = ((x - self.start).clamp(0, prod(self.shape) - 1) for x in (lo, hi))
+        out = []
+        for n, size in enumerate(self.shape):
+            a, b = first // self.inner(n), last // self.inner(n)
+            within = a // size == b // size  # else the axis wraps around on the way
+            out.append((torch.where(within, a % size, 0), torch.where(within, b % size, size - 1)))
+        return out
+
+    def mask(
+        self,
+        seen: Callable[[Coords, Coords], Tensor],
+        certain: Callable[[Hull, Hull], tuple[Tensor, Tensor]],
+        name: str,
+    ) -> Mask:
+        """The mask of a rule on coordinates and of what is certain of hulls."""
+        end = self.start + prod(self.shape)
+
+        def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            inside = (q >= self.start) & (q < end) & (k >= self.start) & (k < end)
+            return seen(self.coords(q), self.coords(k)) & inside
+
+        def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
+            q_lo, q_hi, k_lo, k_hi = tile
+            touched = (q_hi >= self.start) & (q_lo < end) & (k_hi >= self.start) & (k_lo < end)
+            inside = (q_lo >= self.start) & (q_hi < end) & (k_lo >= self.start) & (k_hi < end)
+            some, every = certain(self.hull(q_lo, q_hi), self.hull(k_lo, k_hi))
+            return some & touched, every & inside
+
+        return Mask(predicate, bounds, name=name)
+
+
+class _Axis(NamedTuple):
+    """One axis of a neighborhood."""
+
+    length: int
+    window: int
+    stride: int
+    dilation: int
+    causal: bool
+
+    def check(self) -> None:
+        """Refuse sizes that leave some query without its window."""
+        for name in ("window", "stride", "dilation"):
+            check_block(name, getattr(self, name))
+        if self.window * self.dilation > self.length:
+            raise ValueError(
+                f"window * dilation must fit into the axis of length {self.length}, "
+                f"got window {self.window} and dilation {self.dilation}"
+            )
+        if self.stride > self.window:
+            raise ValueError(f"stride must be at most window {self.window}, got {self.stride}")
+
+    def reach(self, i: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
+        """First and last key of query i on an undilated axis; both grow with i and length."""
+        group = i // self.stride * self.stride
+        if self.causal:
+            leader = torch.minimum(group + self.stride - 1, torch.as_tensor(length - 1))
+            return (leader - self.window + 1).clamp_min(0), i
+        leader = torch.minimum(group + self.stride // 2, torch.as_tensor(length - 1))
+        first = (leader - self.window // 2).clamp_min(0)
+        first = torch.minimum(first, torch.as_tensor(length - self.window))
+        return first, first + self.window - 1
+
+    def seen(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query coordinate i sees key coordinate j."""
+        t = self.dilation
+        residue = i % t
+        first, last = self.reach(i // t, (self.length - residue + t - 1) // t)
+        return (j % t == residue) & (first <= j // t) & (j // t <= last)
+
+    def certain(self, i: tuple[Tensor, Tensor], j: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is certain of query coordinates i[0] to i[1] and key coordinates j[0] to j[1]."""
+        t = self.dilation
+        # Residue classes differ in length by one: the shortest has the lowest reach.
+        first, last = self.reach(i[0] // t, self.length // t)
+        late_first, late_last = self.reach(i[1] // t, -(-self.length // t))
+        some = (first <= j[1] // t) & (j[0] // t <= late_last)
+        every = (late_first <= j[0]) & (j[1] <= last)
+        return some, every if t == 1 else torch.zeros_like(every)
+
+
+def _per_axis(name: str, value: T | tuple[T, ...], grid: _Grid) -> tuple[T, ...]:
+    """An option for each axis of the grid."""
+    axes = len(grid.shape)
+    values = value if isinstance(value, tuple) else (value,) * axes
+    if len(values) != axes:
+        raise ValueError(f"{name} must have one value for each of the {axes} axes, got {value}")
+    return values
+
+
+def _distances(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest distance between members of two ranges."""
+    least = torch.maximum(b[0] - a[1], a[0] - b[1]).clamp_min(0)
+    return least, torch.maximum(b[1] - a[0], a[1] - b[0])
