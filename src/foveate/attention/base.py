@@ -82,12 +82,16 @@ class Attention:
         return out
 
     def after_prefill(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
-        """Show a stateful decode mechanism the queries and keys of a finished prefill."""
-        for _, at, row in rows_of(call, q.shape[0], q.shape[2]):
-            self.prefilled(at.queries(q), at.keys(k), scale=scale, call=row)
+        """Show a stateful decode mechanism every row's last query (B, Hq, 1, D) and its keys."""
+        for b in range(q.shape[0]):
+            real = slice(None) if call.valid is None else call.valid[b].nonzero().squeeze(-1)
+            keys = k[b : b + 1, :, real]
+            if keys.shape[2]:
+                row = call.row(b, q.shape[0])
+                self.prefilled(q[b : b + 1], keys, scale=scale, call=row)
 
     def prefilled(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
-        """Prepare `call.state` from one row's prefill; nothing by default."""
+        """Prepare `call.state` from one row's last query and keys; nothing by default."""
 
     def _run(
         self,
@@ -102,6 +106,10 @@ class Attention:
         """One call without padding: the mechanism where it acts, dense attention elsewhere."""
         if not self.acts(k.shape[2], call):
             return ops.attend(q, k, v, causal=causal, mask=mask, scale=scale, softcap=call.softcap)
+        if not causal and all(p.startswith("causal") for p in self.card.patterns):
+            raise ValueError(
+                f"{self.card.name} is defined for causal attention only, got causal=False"
+            )
         result = self.compute(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
         if call.record is not None:
             call.record(measure(q, k, v, causal, mask, scale, call, result))
@@ -187,7 +195,7 @@ def dense_result(
 
 
 def token_layout(idx: Tensor, valid: Tensor | None, k_len: int, width: int = 1) -> BlockLayout:
-    """The layout of token lists (B, H, Lq, m): blocks of one row and `width` keys."""
+    """The layout of lists (B, H, Lq, m) of blocks of `width` keys, one list per query."""
     last = -(-k_len // width)
     order = (idx if valid is None else idx.masked_fill(~valid, last)).sort(-1).values
     counts = (order < last).sum(-1, dtype=torch.int32)
@@ -221,8 +229,8 @@ class TokenSparse(Attention):
             return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
         idx, valid = chosen
         if mask is not None:
-            seen = _visible_tokens(mask, idx, k.shape[2])
-            valid = seen if valid is None else valid & seen
+            idx, seen = _visible_tokens(mask, idx, k.shape[2])
+            valid = seen if valid is None else valid.expand_as(seen) & seen
         out, lse = ops.gather(
             q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
         )
@@ -230,12 +238,14 @@ class TokenSparse(Attention):
         return Result(out, lse, layout)
 
 
-def _visible_tokens(mask: Mask, idx: Tensor, k_len: int) -> Tensor:
-    """Which listed tokens a mask shows to their queries: like idx."""
+def _visible_tokens(mask: Mask, idx: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
+    """Lists with a row per head that the mask tells apart, and which of their tokens it shows."""
+    if mask.heads > idx.shape[1]:
+        idx = idx.repeat_interleave(mask.heads // idx.shape[1], 1)
     b = torch.arange(idx.shape[0], device=idx.device).view(-1, 1, 1, 1)
     h = torch.arange(idx.shape[1], device=idx.device).view(1, -1, 1, 1)
     q_pos = torch.arange(idx.shape[2], device=idx.device) + k_len - idx.shape[2]
-    return mask(b, h, q_pos.view(1, 1, -1, 1), idx).expand_as(idx)
+    return idx, mask(b, h, q_pos.view(1, 1, -1, 1), idx).expand_as(idx)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +351,9 @@ class IndexReuse(Attention):
             self.choose(q[:, :, -1:], k, scale=scale, call=call)
             return result
         idx = self.recall(k.shape[2], call)[:, :, None]
-        valid = None if mask is None else _visible_tokens(mask, idx, k.shape[2])
+        valid = None
+        if mask is not None:
+            idx, valid = _visible_tokens(mask, idx, k.shape[2])
         out, lse = ops.gather(
             q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
         )

@@ -24,9 +24,20 @@ class CachePolicy:
     card: ClassVar[Card]
 
     def claimed_bytes(
-        self, seen: int, prompt: int, *, kv_heads: int, dim: int, itemsize: int
+        self,
+        seen: int,
+        prompt: int,
+        *,
+        kv_heads: int,
+        dim: int,
+        itemsize: int,
+        exact: int | None = None,
     ) -> float:
-        """Bytes one layer holds for one row after `seen` tokens, the first `prompt` at once."""
+        """Bytes one layer holds for one row after `seen` tokens, the first `prompt` at once.
+
+        exact counts the tokens a codec holds in full precision too, which the text decides; None
+        stands for the most there can be.
+        """
         raise NotImplementedError
 
 
@@ -54,7 +65,14 @@ class Eviction(CachePolicy):
         raise NotImplementedError
 
     def claimed_bytes(
-        self, seen: int, prompt: int, *, kv_heads: int, dim: int, itemsize: int
+        self,
+        seen: int,
+        prompt: int,
+        *,
+        kv_heads: int,
+        dim: int,
+        itemsize: int,
+        exact: int | None = None,
     ) -> float:
         """Keys and values of the kept tokens."""
         kept = min(prompt, self.budget) + seen - prompt

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -154,7 +155,7 @@ class Attachment:
         if call.phase == "prefill" and follower.stateful and layer is not None:
             if isinstance(layer, EvictionLayer):
                 k, call.valid = layer.keys, layer.valid
-            follower.after_prefill(q[:, :, -1:], k, scale=scale, call=call)
+            follower.after_prefill(_last_queries(q, valid), k, scale=scale, call=call)
         return out
 
     def _mechanism(self, phase: str, index: int, sliding: bool) -> Attention:
@@ -191,6 +192,15 @@ def _attend(
             raise ValueError(f"this model's attention takes {name}, which attach does not support")
     out = attachment.attend(module, query, key, value, attention_mask, scaling, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _last_queries(q: Tensor, valid: Tensor | None) -> Tensor:
+    """The last real query (B, Hq, 1, D) of every row."""
+    if valid is None:
+        return q[:, :, -1:]
+    slots = torch.arange(q.shape[2], device=q.device)
+    last = torch.where(valid[:, -q.shape[2] :], slots, 0).amax(1)
+    return q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, q.shape[3]))
 
 
 def _decoder_of(model: Any) -> Any:

@@ -15,6 +15,7 @@ from foveate.ops.gather import check_indices, gather_torch
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask
 from foveate.ops.normalizers import Normalizer, normalizer_of
+from foveate.ops.routed import routed_torch
 from foveate.ops.shapes import Shape, check_causal, check_qkv
 from foveate.ops.tile import check_bias
 
@@ -165,21 +166,15 @@ def block_sparse(
     check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
     check_layout(layout, shape)
     _check_options(shape, softcap, mask, q_pos, k_pos)
-    plain = current() == "reference"
-    run = reference.block_sparse_reference if plain else block_sparse_torch
-    out, lse = run(
-        q,
-        k,
-        v,
-        layout,
-        mask=mask,
-        is_causal=causal,
-        scale=scale,
-        bias=check_bias(bias, shape),
-        softcap=softcap,
-        q_pos=q_pos,
-        k_pos=k_pos,
-    )
+    options: dict[str, Any] = {"mask": mask, "is_causal": causal, "scale": scale}
+    options["softcap"] = softcap
+    at: dict[str, Any] = {"bias": check_bias(bias, shape), "q_pos": q_pos, "k_pos": k_pos}
+    if current() == "reference":
+        out, lse = reference.block_sparse_reference(q, k, v, layout, **options, **at)
+    elif layout.block[0] == 1 < shape.q_len and all(x is None for x in at.values()):
+        out, lse = routed_torch(q, k, v, layout, **options)
+    else:
+        out, lse = block_sparse_torch(q, k, v, layout, **options, **at)
     return (out, lse) if return_lse else out
 
 

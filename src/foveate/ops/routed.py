@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from foveate.ops.api import block_sparse
-from foveate.ops.backend import current
-from foveate.ops.block_sparse import check_layout
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask, causal
 from foveate.ops.merge import merge
-from foveate.ops.shapes import Shape, check_causal, check_qkv, query_offset
+from foveate.ops.shapes import Shape, check_qkv, query_offset
 from foveate.ops.tile import attend_tile, default_scale, recomputed
 
 # Rows of one step along the causal edge (their later keys are cut off), pairs of any other step.
@@ -31,31 +28,23 @@ class _Piece(NamedTuple):
     """Whether the causal edge may run through the piece."""
 
 
-def routed(
+def routed_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
     *,
-    mask: Mask | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    softcap: float | None = None,
+    mask: Mask | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_sparse` with lse for layouts of block (1, b), fast when many rows share key blocks.
+    """PyTorch form of `block_sparse` for blocks of one query row, when many rows share key blocks.
 
     For each key block the queries that read it are gathered, not the keys of each query; partial
     results meet by their lse. Memory O(L·D + entries of the layout), under autograd O(entries·D).
-    Raises ValueError for a layout whose blocks hold more than one query row.
     """
     shape = check_qkv(q, k, v)
-    check_causal(shape.q_len, shape.k_len, is_causal)
-    check_layout(layout, shape)
-    if layout.block[0] != 1:
-        raise ValueError(f"layout must have blocks of one query row, got {layout.block}")
-    if shape.q_len == 1 or current() == "reference":
-        options: dict[str, Any] = {"causal": is_causal, "scale": scale, "softcap": softcap}
-        return block_sparse(q, k, v, layout, mask=mask, return_lse=True, **options)
     rule = mask if not is_causal else (causal() if mask is None else mask & causal())
     factor = default_scale(scale, shape.dim)
     wide = torch.promote_types(q.dtype, torch.float32)

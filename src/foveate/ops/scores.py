@@ -50,9 +50,9 @@ def pool_blocks(
     _check_valid("valid", valid, b, length)
     n = -(-(lead + length) // block)
     tail = n * block - lead - length
+    if valid is None and mode == "mean":
+        return _means(x, block, min(-lead % block, length))
     real = x.new_ones(b, length, dtype=torch.bool) if valid is None else valid
-    if valid is None and not lead and not tail and mode == "mean":
-        return x.view(b, h, n, block, d).mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
     real = torch.nn.functional.pad(real, (lead, tail)).view(b, 1, n, block, 1)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     tiles = torch.nn.functional.pad(wide, (0, 0, lead, tail)).view(b, h, n, block, d)
@@ -61,6 +61,15 @@ def pool_blocks(
     sign = 1.0 if mode == "max" else -1.0
     best = (tiles * sign).masked_fill(~real, float("-inf")).amax(3) * sign
     return best.masked_fill(~real.any(3), 0.0)
+
+
+def _means(x: Tensor, block: int, first: int) -> Tensor:
+    """Means of the first (ragged) block of `first` rows, of the whole blocks, and of the rest."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    whole = (x.shape[2] - first) // block * block
+    head, body, rest = x.split((first, whole, x.shape[2] - first - whole), 2)
+    ragged = [p.mean(2, True, dtype=wide) if p.shape[2] else p.to(wide) for p in (head, rest)]
+    return torch.cat([ragged[0], body.unflatten(2, (-1, block)).mean(3, dtype=wide), ragged[1]], 2)
 
 
 def _reduce(x: Tensor, how: str, dim: int) -> Tensor:

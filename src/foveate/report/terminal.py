@@ -23,7 +23,7 @@ def comparison(results: Mapping[str, Any], width: int) -> Table:
     whole = GROUPS["Whole run"] if wide else GROUPS["Whole run"][:1]
     phases = [(phase, _columns(phase, wide)) for phase in ("Prefill", "Decode")]
     table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
-    table.add_column("mechanism", overflow="fold", max_width=_SPEC_WIDTH)
+    table.add_column("mechanism", overflow="fold", min_width=_SPEC_WIDTH, max_width=_SPEC_WIDTH)
     for column in whole:
         table.add_column(f"{column.title}\n{column.unit}", justify="right")
     table.add_column("phase")

@@ -32,6 +32,8 @@ from foveate.registry import Card, register
         cost="O(block·L·D + (L/block)²·D) to choose, density·L²·D to attend; O(block·L) memory",
         decoding="dense over the full cache",
         confidence="high: official code; its fixed divisor 128 and NaN on underflow set right",
+        small={"block": 16, "gamma": 0.6, "min_budget": 16},
+        full={"gamma": 1.0},
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,6 @@ class FlexPrefill(BlockSparse):
         self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
     ) -> BlockLayout | None:
         """The blocks of every head's pattern; block 0 and the diagonal always."""
-        if not causal:
-            raise ValueError("flexprefill is defined for causal attention, got causal=False")
         lengths, b = (q.shape[2], k.shape[2]), self.block
         least = -(-self.min_budget // b)
         if self.gamma >= 1 or lengths[1] <= b * max(2, least):

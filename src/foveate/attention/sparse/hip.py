@@ -32,6 +32,8 @@ from foveate.registry import Card, register
         cost="O(L·budget·log(L/budget)·D) to choose, O(L·(budget + window)·D) to attend",
         decoding="the same search for each new token over the full cache",
         confidence="high on the algorithm, medium on which layers the experiments kept dense",
+        small={"block": 16, "budget": 32, "window": 16, "sinks": 4, "dense_layers": ()},
+        full={"budget": 1 << 30},
         exempt={"decode = prefill": "one search serves a block of queries; equal for block=1"},
     )
 )

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate import ops
-from foveate.attention.base import BlockSparse, Call, Result, dense_result, token_layout
-from foveate.ops import BlockLayout, Mask
-from foveate.ops.routed import routed
+from foveate.attention.base import BlockSparse, Call, token_layout
+from foveate.ops import BlockLayout
 from foveate.registry import Card, register
 
 
@@ -31,6 +30,8 @@ from foveate.registry import Card, register
         cost="O(L·top_k·block·D + L²/block·D) time, O(L·(D + top_k)) memory",
         decoding="the same gate for each new token over the full cache",
         confidence="high: the definition of the official code",
+        small={"block": 16, "top_k": 3},
+        full={"top_k": 1 << 30},
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,6 @@ class MoBA(BlockSparse):
         self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
     ) -> BlockLayout | None:
         """One list of blocks per query token."""
-        if not causal:
-            raise ValueError("moba is defined for causal attention, got causal=False")
         if k.shape[2] <= self.top_k * self.block:
             return None
         whole = k.shape[2] // self.block
@@ -75,21 +74,3 @@ class MoBA(BlockSparse):
             gate = ops.grouped_logits(q, means[:, :, :own], 1.0)
             lists[..., 1 : others + 1] = gate.topk(others, dim=-1, sorted=False).indices
         return lists
-
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
-        """Exact attention of every token over its list."""
-        layout = self.select(q, k, causal=causal, scale=scale, call=call)
-        if layout is None:
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        out, lse = routed(q, k, v, layout, mask=mask, scale=scale, softcap=call.softcap)
-        return Result(out, lse, layout)

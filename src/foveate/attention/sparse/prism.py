@@ -31,6 +31,8 @@ from foveate.registry import Card, register
         cost="O(L·D + (L/block)²·D) to choose, density·L²·D to attend; O(L·D) memory",
         decoding="dense over the full cache",
         confidence="high: official code, with means over real tokens in a ragged last block",
+        small={"block": 16, "p": 0.5},
+        full={"p": 1.0},
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,6 @@ class Prism(BlockSparse):
         self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
     ) -> BlockLayout | None:
         """The union of both bands' blocks, block 0 and the diagonal."""
-        if not causal:
-            raise ValueError("prism is defined for causal attention, got causal=False")
         if self.p >= 1:
             return None
         lengths, b = (q.shape[2], k.shape[2]), self.block

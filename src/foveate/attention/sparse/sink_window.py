@@ -21,6 +21,8 @@ from foveate.registry import Card, register
         cost="O(L·(sinks + window)·D) time, O(L·D) memory",
         decoding="same pattern over the full cache; pair with the cache policy `window` to drop it",
         confidence="definition",
+        small={"sinks": 2, "window": 16, "block": 16},
+        full={"window": 1 << 30},
     )
 )
 @dataclass(frozen=True, kw_only=True)

@@ -64,12 +64,21 @@ def stepwise(attn: Attention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | N
             call = Call(layer=layer, layers=4, memory=memory)
             if t == start:
                 call.valid = None if valid is None else valid[:, :start]
-                prompt = (q[:, :, start - 1 : start], k[:, :, :start])
-                attn.after_prefill(*prompt, scale=None, call=call)
+                attn.after_prefill(
+                    _last(q, call.valid, start), k[:, :, :start], scale=None, call=call
+                )
             call.phase, call.valid = "decode", None if valid is None else valid[:, now]
             out = attn(q[:, :, t : t + 1], k[:, :, now], v[:, :, now], call=call)
         outs.append(out)
     return torch.cat(outs, 2)
+
+
+def _last(q: Tensor, valid: Tensor | None, start: int) -> Tensor:
+    """The last real query of every row's prompt (B, H, 1, D)."""
+    if valid is None:
+        return q[:, :, start - 1 : start]
+    ends = [int(row.nonzero()[-1]) for row in valid]
+    return torch.stack([q[b, :, end : end + 1] for b, end in enumerate(ends)])
 
 
 def result(attn: Attention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:

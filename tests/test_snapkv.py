@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+import foveate
+from attached import (
+    check_bytes,
+    check_differs_from_plain,
+    check_equals_plain,
+    check_padded_row_equals_row_alone,
+    check_reorder_commutes,
+    check_reset_equals_fresh,
+)
+
+SMALL = "snapkv:budget=12,window=4,pool=3"
+
+
+def case(n=40, queries=40, q_heads=4, kv_heads=2, dim=8, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(1, q_heads, queries, dim), torch.randn(1, kv_heads, n, dim)
+
+
+def votes_of(q, k, window):
+    """Plain reference: mean attention of the last queries to earlier tokens, (Hkv, n - window)."""
+    n, group = k.shape[2], q.shape[1] // k.shape[1]
+    rows = []
+    for h in range(k.shape[1]):
+        total = torch.zeros(n)
+        for head in range(h * group, (h + 1) * group):
+            for back in range(min(window, q.shape[2])):
+                logits = k[0, h, : n - back] @ q[0, head, -1 - back] * q.shape[3] ** -0.5
+                total[: n - back] += torch.softmax(logits, 0)
+        rows.append(total[: n - window])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("queries", [40, 3])
+def test_keeps_the_window_and_the_tokens_its_queries_vote_for(queries):
+    q, k = case(queries=queries)
+    slots = foveate.create("snapkv", budget=12, window=5, pool=1).keep(q, k, scale=None)
+    best = votes_of(q, k, 5).topk(7).indices.sort().values
+    assert torch.equal(slots[:, :7], best)
+    assert slots[:, 7:].tolist() == [[35, 36, 37, 38, 39]] * 2
+
+
+@pytest.mark.parametrize("smooth", ["avg", "max"])
+def test_smoothing_keeps_the_neighbours_of_a_winner(smooth):
+    q, k = torch.zeros(1, 2, 30, 8), torch.zeros(1, 1, 30, 8)
+    q[..., 0], k[:, :, 11, 0] = 1, 50
+    policy = foveate.create("snapkv", budget=9, window=4, pool=5, smooth=smooth)
+    assert policy.keep(q, k, scale=None).tolist() == [[9, 10, 11, 12, 13, 26, 27, 28, 29]]
+
+
+def test_kv_heads_keep_different_tokens():
+    q, k = case()
+    slots = foveate.create(SMALL).keep(q, k, scale=None)
+    assert slots.shape == (2, 12)
+    assert not torch.equal(slots[0], slots[1])
+
+
+def test_slots_are_ascending_and_free_of_repeats():
+    q, k = case(n=200, queries=200)
+    slots = foveate.create("snapkv", budget=64).keep(q, k, scale=None)
+    assert bool((slots.diff(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 32}, "window must be below the budget 32"),
+        ({"pool": 4}, "pool must be odd, got 4"),
+        ({"smooth": "mean"}, "smooth must be avg or max"),
+        ({"window": 0}, "window must be at least 1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        foveate.create("snapkv", **options)
+
+
+def test_full_budget_equals_plain(tiny_llama):
+    check_equals_plain(tiny_llama, cache="snapkv:budget=64")
+
+
+def test_small_budget_differs_from_plain(tiny_llama):
+    check_differs_from_plain(tiny_llama, cache=SMALL)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padded_row_equals_row_alone(tiny_llama, beams):
+    check_padded_row_equals_row_alone(tiny_llama, beams, cache=SMALL)
+
+
+def test_reset_equals_fresh(tiny_llama):
+    check_reset_equals_fresh(tiny_llama, cache=SMALL)
+
+
+def test_reorder_commutes(tiny_llama):
+    check_reorder_commutes(tiny_llama, cache=SMALL)
+
+
+@pytest.mark.parametrize("prompt_length", [30, 8])
+def test_bytes_held_are_those_claimed_at_every_step(tiny_llama, prompt_length):
+    check_bytes(tiny_llama, foveate.create(SMALL), prompt_length)
