@@ -279,6 +279,8 @@ class Pattern(Attention):
         layer = (call.layer, call.layers) if self.per_layer else (0, 1)
         options: dict[str, Any] = {"scale": scale, "softcap": call.softcap}
         pattern = self.mask(lq, lk, call)
+        if _covers(pattern, lq, lk):
+            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
         if lq == 1 and mask is None and pattern.heads == pattern.batch == 1:
             idx = _tokens_of(self, lk, causal, *layer)
             out, lse = ops.gather(q, k, v, idx, return_lse=True, **options)
@@ -290,6 +292,13 @@ class Pattern(Attention):
         options |= {"causal": causal, "mask": pattern}
         out, lse = ops.block_sparse(q, k, v, layout, return_lse=True, **options)
         return Result(out, lse, layout)
+
+
+def _covers(pattern: Mask, q_len: int, k_len: int) -> bool:
+    """Whether a mask surely hides nothing."""
+    ends = (max(k_len - q_len, 0), k_len - 1, 0, k_len - 1)
+    _, every = pattern.bounds(*pattern.axes(torch.device("cpu")), *map(torch.tensor, ends))
+    return bool(every.all())
 
 
 def _rule(pattern: Pattern, q_len: int, k_len: int, causal: bool, layer: int, layers: int) -> Mask:
@@ -351,6 +360,8 @@ class IndexReuse(Attention):
             self.choose(q[:, :, -1:], k, scale=scale, call=call)
             return result
         idx = self.recall(k.shape[2], call)[:, :, None]
+        if idx.shape[3] >= k.shape[2]:
+            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
         valid = None
         if mask is not None:
             idx, valid = _visible_tokens(mask, idx, k.shape[2])
