@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask, causal
+from foveate.ops.merge import merge
 from foveate.ops.shapes import (
     Shape,
     TileGrid,
@@ -14,11 +17,13 @@ from foveate.ops.shapes import (
     positions,
     tile_positions,
 )
-from foveate.ops.tile import attend_tile, default_scale, recomputed
+from foveate.ops.tile import attend_tile, default_scale, needs_grad, recomputed
 
-# Elements of gathered keys per chunk: small enough that a chunk stays in the cache between the
-# gather and the kernel that reads it.
-_CHUNK = 1 << 18
+# Elements of gathered keys per chunk, and keys per tile: small enough that a chunk stays in the
+# cache between the gather and the kernel that reads it.
+_CHUNK, _KEYS = 1 << 18, 2048
+
+Chunk = tuple[Tensor, Tensor, Tensor]
 
 
 def block_sparse_torch(
@@ -89,7 +94,12 @@ class _Tiles:
         self.lanes = shape.q_heads if per_head else shape.kv_heads
         self.fold = shape.q_heads // self.lanes
         self.tail = self.grid.tiles * self.bq - self.grid.lead - shape.q_len
+        self.grad = needs_grad(q, k, v, bias)
         self.q = self._tile_queries(q)
+        lane = torch.arange(self.q.shape[0], device=q.device) // self.grid.tiles
+        share = self.lanes // shape.kv_heads
+        self.kv = lane // self.lanes * shape.kv_heads + lane % self.lanes // share
+        self.room = [q.new_empty(0, 0), q.new_empty(0, 0)]
         self.k, self.v = self._block_keys(k), self._block_keys(v)
         self.q_pos, self.k_pos = positions(shape.q_len, shape.k_len, q_pos, k_pos, q.device)
         self.q_tiles = tile_positions(self.q_pos, self.grid.lead, self.bq, self.grid.tiles)
@@ -115,31 +125,60 @@ class _Tiles:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq)."""
-        s, n = self.shape, self.grid.tiles
-        full = (s.batch, self.lanes, n)
+        tiles, wide = self.q.shape[0], torch.promote_types(self.q.dtype, torch.float32)
+        out = self.q.new_zeros(tiles, self.fold, self.bq, self.shape.v_dim)
+        lse = self.q.new_full((tiles, self.fold, self.bq), float("-inf"), dtype=wide)
+        for chunks in self._passes():
+            if self.grad:
+                out, lse = merge([(out, lse), _joined(list(chunks), out, lse)])
+                continue
+            for at, part, part_lse in chunks:
+                out[at], lse[at] = merge([(out[at], lse[at]), (part, part_lse)])
+        return self._untile(out), self._untile(lse[..., None])[..., 0]
+
+    def _passes(self) -> Iterator[Iterator[Chunk]]:
+        """First the blocks that need no mask, a bounded number of keys at a time, then the rest."""
+        counts, lists, cut = self._entries()
+        whole = (~cut).sum(1)
+        # Under autograd every pass keeps an output, so there are just two.
+        step = max(1, lists.shape[1] if self.grad else _KEYS // self.bk)
+        for lo in range(0, int(whole.max()) if whole.numel() else 0, step):
+            yield self._chunks(lists[:, lo:], (whole - lo).clamp(0, step), masked=False)
+        # What needs a mask follows what does not.
+        slots = torch.arange(lists.shape[1], device=lists.device) + whole[:, None]
+        rest = lists.gather(1, slots.clamp_max(lists.shape[1] - 1))
+        for lo in range(0, int((counts - whole).max()) if whole.numel() else 0, step):
+            yield self._chunks(rest[:, lo:], (counts - whole - lo).clamp(0, step), masked=True)
+
+    def _chunks(self, lists: Tensor, counts: Tensor, masked: bool) -> Iterator[Chunk]:
+        """Attention of tiles over their first `counts` blocks, tiles of equal counts together."""
+        order = counts.argsort(descending=True, stable=True)
+        sizes, runs = torch.unique_consecutive(counts[order], return_counts=True)
+        start = 0
+        for width, run in zip(sizes.tolist(), runs.tolist(), strict=True):
+            per_tile = width * self.bk * max(self.shape.dim, self.shape.v_dim)
+            for rows in order[start : start + run].split(max(1, _CHUNK // max(per_tile, 1))):
+                if width:
+                    # Under autograd a chunk is gathered again backward: only these are kept.
+                    chunk = rows, lists[rows, :width], masked, self.q, self.k, self.v, self.bias
+                    yield rows, *recomputed(self._chunk, *chunk)
+            start += run
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Per tile: its count, its list (tiles, m) and which entries need a mask, those last.
+
+        Filler, which counts as needing one, comes last of all.
+        """
+        full = (self.shape.batch, self.lanes, self.grid.tiles)
         counts = self.layout.counts.expand(full).flatten().long()
         lists = self.layout.indices.expand(*full, -1).reshape(counts.numel(), -1).long()
-        partial = self.layout.partial
-        if partial is not None:
-            partial = partial.expand(*full, -1).reshape(counts.numel(), -1)
-        order = counts.argsort(descending=True, stable=True)
-        outs, lses, start = [], [], 0
-        sizes = counts[order].tolist()
-        while start < len(sizes):
-            width = sizes[start]
-            step = max(1, _CHUNK // max(1, width * self.bk * max(s.dim, s.v_dim)))
-            rows = order[start : start + step]
-            inside = None if partial is None else partial[rows, :width]
-            chunk = rows, lists[rows, :width], counts[rows], inside
-            # Under autograd a chunk is gathered again backward: only these tensors are kept.
-            out, lse = recomputed(self._chunk, *chunk, self.q, self.k, self.v, self.bias)
-            outs.append(out)
-            lses.append(lse)
-            start += step
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(sizes)).to(order))
-        return self._untile(torch.cat(outs)[back]), self._untile(torch.cat(lses)[back][..., None])[
-            ..., 0
-        ]
+        filler = torch.arange(lists.shape[1], device=counts.device) >= counts[:, None]
+        cut = (lists == self.nk - 1) & bool(self.shape.k_len % self.bk)
+        cut = cut | self._crossed(lists) | filler
+        if self.bias is not None:
+            cut = torch.ones_like(cut)
+        masked_last = (cut.to(torch.uint8) + filler).argsort(dim=1, stable=True)
+        return counts, lists.gather(1, masked_last), cut.gather(1, masked_last)
 
     def _untile(self, x: Tensor) -> Tensor:
         s, n = self.shape, self.grid.tiles
@@ -148,64 +187,53 @@ class _Tiles:
         return x[:, :, self.grid.lead : self.grid.lead + s.q_len]
 
     def _chunk(
-        self,
-        tiles: Tensor,
-        lists: Tensor,
-        counts: Tensor,
-        partial: Tensor | None,
-        *_: Tensor | None,
+        self, tiles: Tensor, lists: Tensor, masked: bool, *_: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Attention of a chunk of tiles (c,) over their lists (c, m)."""
+        """Attention of tiles (c,) over their lists (c, m) of blocks."""
         c, m = lists.shape
-        s = self.shape
-        lane = tiles // self.grid.tiles
-        kv = lane // self.lanes * s.kv_heads + lane % self.lanes // (self.lanes // s.kv_heads)
-        flat = (kv[:, None] * self.nk + lists).flatten()
-        k = self.k.index_select(0, flat).view(c, 1, m * self.bk, s.dim)
-        v = self.v.index_select(0, flat).view(c, 1, m * self.bk, s.v_dim)
-        added = self._added(tiles, lists, counts, partial)
-        q = self.q.index_select(0, tiles)
-        return attend_tile(q, k, v, added, self.scale, self.softcap)
+        flat = (self.kv[tiles, None] * self.nk + lists).flatten()
+        k = self._gathered(self.k, flat, 0).view(c, 1, m * self.bk, self.shape.dim)
+        v = self._gathered(self.v, flat, 1).view(c, 1, m * self.bk, self.shape.v_dim)
+        added = self._added(tiles, lists) if masked else None
+        return attend_tile(self.q[tiles], k, v, added, self.scale, self.softcap)
 
-    def _added(
-        self, tiles: Tensor, lists: Tensor, counts: Tensor, partial: Tensor | None
-    ) -> Tensor | None:
-        """Additive bias (c, fold|1, bq, m * bk): -inf where a pair is not visible."""
-        c, m = lists.shape
+    def _gathered(self, x: Tensor, rows: Tensor, which: int) -> Tensor:
+        """Rows of x, in memory that the chunks share where nothing must be kept for autograd."""
+        if self.grad:
+            return x.index_select(0, rows)
+        if self.room[which].shape[0] < rows.numel():
+            self.room[which] = x.new_empty(rows.numel(), x.shape[1])
+        return torch.index_select(x, 0, rows, out=self.room[which][: rows.numel()])
+
+    def _heads(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Batch row, heads that a mask can tell apart, first head and query block of tiles."""
         lane, i = tiles // self.grid.tiles, tiles % self.grid.tiles
         b, head = lane // self.lanes, lane % self.lanes * self.fold
-        heads = head[:, None] + torch.arange(self._rule_heads(), device=tiles.device)
-        filler = torch.arange(m, device=tiles.device) >= counts[:, None]
-        ragged = (lists == self.nk - 1) & bool(self.shape.k_len % self.bk)
-        masked = filler | ragged | self._crossed(b, heads, i, lists, partial)
-        if self.bias is None and not masked.any():
-            return None
-        added = self.k.new_zeros(c, m, heads.shape[1], self.bq, self.bk, dtype=torch.float32)
-        at, slot = masked.nonzero().unbind(-1)
-        if at.numel():
-            seen = self._pairs(b[at], heads[at], i[at], lists[at, slot]) & ~filler[at, slot].view(
-                -1, 1, 1, 1
-            )
-            added[at, slot] = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(
-                ~seen, float("-inf")
-            )
-        added = added.permute(0, 2, 3, 1, 4).reshape(c, heads.shape[1], self.bq, m * self.bk)
+        told = self.fold if self.rule is not None and self.rule.heads > 1 else 1
+        return b, head[:, None] + torch.arange(told, device=tiles.device), head, i
+
+    def _added(self, tiles: Tensor, lists: Tensor) -> Tensor:
+        """Additive bias (c, fold|1, bq, m * bk): -inf where a pair is not visible."""
+        c, m = lists.shape
+        b, heads, head, i = self._heads(tiles)
+        at = torch.arange(c, device=tiles.device).repeat_interleave(m)
+        seen = self._pairs(b[at], heads[at], i[at], lists.flatten())
+        seen = seen.view(c, m, -1, self.bq, self.bk).permute(0, 2, 3, 1, 4).flatten(3)
+        added = torch.where(seen, 0.0, float("-inf"))
         return added if self.bias is None else added + self._bias_tiles(b, head, i, lists)
 
-    def _rule_heads(self) -> int:
-        """Heads of a lane that a mask can tell apart."""
-        return self.fold if self.rule is not None and self.rule.heads > 1 else 1
-
-    def _crossed(
-        self, b: Tensor, heads: Tensor, i: Tensor, lists: Tensor, partial: Tensor | None
-    ) -> Tensor:
-        """Entries (c, m) in which the mask's edge may run."""
+    def _crossed(self, lists: Tensor) -> Tensor:
+        """Entries (tiles, m) in which the mask's edge may run."""
         if self.rule is None:
             return torch.zeros_like(lists, dtype=torch.bool)
+        b, heads, _, i = self._heads(torch.arange(lists.shape[0], device=lists.device))
+        partial = self.layout.partial
         if partial is None:
             return self._cut(self.rule, b, heads, i, lists)
+        shape = (self.shape.batch, self.lanes, self.grid.tiles, lists.shape[1])
+        known = partial.expand(shape).reshape(lists.shape)
         # A layout made from a mask alone does not know that causality was asked for as well.
-        return partial if self.edge is None else partial | self._cut(self.edge, b, heads, i, lists)
+        return known if self.edge is None else known | self._cut(self.edge, b, heads, i, lists)
 
     def _cut(self, rule: Mask, b: Tensor, heads: Tensor, i: Tensor, lists: Tensor) -> Tensor:
         """Entries (c, m) that the bounds of a mask do not call full."""
@@ -244,3 +272,13 @@ class _Tiles:
             cols.clamp_max(lk - 1)[:, None, None, :] if bias.shape[3] > 1 else 0,
         )
         return bias[at]
+
+
+def _joined(chunks: list[Chunk], out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunks in the order of the tiles; tiles that none of them holds have seen no key."""
+    rows = torch.cat([at for at, _, _ in chunks])
+    back = torch.full((out.shape[0],), len(rows), device=rows.device)
+    back[rows] = torch.arange(len(rows), device=rows.device)
+    outs = torch.cat([*(part for _, part, _ in chunks), torch.zeros_like(out[:1])])
+    lses = torch.cat([*(part for _, _, part in chunks), torch.full_like(lse[:1], float("-inf"))])
+    return outs[back], lses[back]
