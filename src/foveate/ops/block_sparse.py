@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -128,11 +129,11 @@ class _Tiles:
         tiles, wide = self.q.shape[0], torch.promote_types(self.q.dtype, torch.float32)
         out = self.q.new_zeros(tiles, self.fold, self.bq, self.shape.v_dim)
         lse = self.q.new_full((tiles, self.fold, self.bq), float("-inf"), dtype=wide)
-        for chunks in self._passes():
-            if self.grad:
-                out, lse = merge([(out, lse), _joined(list(chunks), out, lse)])
-                continue
-            for at, part, part_lse in chunks:
+        if self.grad:
+            passes = [_joined(list(chunks), out, lse) for chunks in self._passes()]
+            out, lse = merge(passes) if passes else (out, lse)
+        else:
+            for at, part, part_lse in chain.from_iterable(self._passes()):
                 out[at], lse[at] = merge([(out[at], lse[at]), (part, part_lse)])
         return self._untile(out), self._untile(lse[..., None])[..., 0]
 
