@@ -242,6 +242,7 @@ def test_a_model_that_shares_its_config_is_not_touched_silently():
         ({"cache": "dense"}, TypeError, "kind cache"),
         ({"prefill": 3}, TypeError, "kind attention"),
         ({"prefill": ["dense"]}, ValueError, "4 layers"),
+        ({"decode": {1: ["tidal", None]}}, ValueError, "cannot serve heads"),
         ({"prefill": {9: "dense"}}, ValueError, "no layer 9"),
         ({"prefill": "flexprefil"}, ValueError, "did you mean 'flexprefill'"),
         ({"decode": "recycled", "cache": "window"}, ValueError, "choose another pair"),
@@ -267,6 +268,15 @@ def test_attention_dropout_is_refused():
     model = hf.LlamaForCausalLM(config).train()
     with foveate.attach(model), pytest.raises(ValueError, match="dropout"):
         model(prompt(8))
+
+
+def test_an_encoded_cache_is_refused_outside_the_block():
+    model, ids = build("llama"), prompt(20)
+    cache = hf.DynamicCache()
+    with foveate.attach(model, cache="rotate_kv"):
+        logits(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="needs the model to be attached"):
+        logits(model, ids[:, :1], past_key_values=cache)
 
 
 def test_specs_find_their_slots():

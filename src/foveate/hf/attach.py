@@ -106,6 +106,10 @@ class Attachment:
         return (), kwargs
 
     def _leave(self, *_: Any) -> None:
+        """After the decoder ran: forget the call, rotary tables included."""
+        for layer in getattr(self._cache, "layers", []):
+            if isinstance(layer, CodecLayer):
+                layer.forget()
         self._cache, self._memory = None, Memory()
 
     def attend(

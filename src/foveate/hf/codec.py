@@ -44,11 +44,16 @@ class CodecLayer(PolicyLayer):
             self.positions = torch.cat([*past, new], 1)
             self._rope = self.tables(self.positions)
 
+    def forget(self) -> None:
+        """Drop what only the call that ends needed."""
+        self.hidden = self._rope = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Unpack what is stored and append the new tokens as they are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._new is not None:
+        owner = self.owner or self
+        if self._new is not None or (owner.tables is not None and owner._rope is None):
             raise ValueError(
                 f"this cache was filled under {self.policy.card.name}, which needs the model to "
                 "be attached: use it inside the attach block only, or start with an empty cache"

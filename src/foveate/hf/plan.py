@@ -111,7 +111,9 @@ def _spread(slot: str, value: Any, layers: int) -> list[Any]:
 
 def _attention(slot: str, value: Any) -> Attention | None:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        heads = [create("dense") if x is None else _attention(slot, x) for x in value]
+        heads = [_attention(slot, create("dense") if x is None else x) for x in value]
+        if stateful := [h.card.name for h in heads if h is not None and h.stateful]:
+            raise ValueError(f"{stateful[0]} keeps state for a whole layer: it cannot serve heads")
         return PerHead(heads=tuple(h for h in heads if h is not None))
     made = create(value) if isinstance(value, str) else value
     if made is None:
