@@ -151,7 +151,6 @@ def test_a_file_that_is_no_results_file_is_not_overwritten(run, tiny_model_dir, 
         (["--tokens=0"], "tokens must be at least 1"),
         (["--repeats=0"], "repeats must be at least 1"),
         (["--threads=0"], "at least 1"),
-        (["--plugin=missing.py"], "not a Python file"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(run, tiny_model_dir, tmp_path, args, words):
@@ -233,14 +232,19 @@ def test_a_mechanism_of_ones_own_is_compared_through_a_plugin(run, tiny_model_di
         "        return window(self.width)\n"
     )
     try:
-        args = ["--plugin", plugin, *SMALL, "--with=my_band:width=8", "--out", tmp_path / "out"]
-        code, out, _ = run("compare", tiny_model_dir, *args)
+        own = ["--with=my_band:width=8", "--out", tmp_path / "out"]
+        code, out, _ = run("--plugin", plugin, "compare", tiny_model_dir, *SMALL, *own)
         assert code == 0 and "my_band" in out
         code, out, _ = run("show", "my_band")
         assert code == 0 and "near is enough" in out
     finally:
         registry._classes.pop("my_band")
         sys.modules.pop("my_band")
+
+
+def test_a_plugin_that_is_not_there_is_refused(run):
+    code, _, err = run("--plugin", "missing.py", "list")
+    assert code == 2 and "not a Python file" in err
 
 
 def test_list_shows_every_mechanism(run):
@@ -274,3 +278,26 @@ def test_model_says_where_the_built_in_model_is(run, monkeypatch, tmp_path):
     assert code == 0 and str(tmp_path) in out.replace("\n", "") and "not there yet" in out
     code, out, _ = run("model", "--remove")
     assert code == 0 and "nothing to remove" in out
+
+
+def test_audit_prints_a_table_without_an_empty_cell(run, tmp_path):
+    page = tmp_path / "audit.md"
+    code, out, _ = run("audit", "sink_window", "window", "--markdown", page)
+    assert code == 0 and "no look-ahead" in out and "bytes held = claimed" in out
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    assert len(rows) > 20 and all(cells)
+    assert set("".join(cells[i] for i in range(1, len(cells), 2))) >= {"✓"}
+    code, _, err = run("audit", "sink_windo")
+    assert code == 2 and "did you mean" in err
+
+
+def test_a_failed_property_is_shown_and_ends_with_1(run, monkeypatch):
+    from foveate.bench.audit import Fault, attention
+
+    def broken(cls):
+        raise Fault("off by one")
+
+    monkeypatch.setitem(attention.PROPERTIES, "batch", broken)
+    code, out, _ = run("audit", "sink_window")
+    assert code == 1 and "failed: off by one" in out and "✗" in out

@@ -32,9 +32,15 @@ _debug = False
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file with mechanisms of your own; it is run, so trust it."),
+    ] = None,
 ) -> None:
     global _debug
     _debug = debug
+    for path in plugin or []:
+        registry.load_plugin(path)
 
 
 @app.command()
@@ -64,9 +70,6 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the pass keys.")] = 0,
     allow_long: Annotated[bool, typer.Option(help="Go beyond the model's context.")] = False,
     fresh: Annotated[bool, typer.Option(help="Overwrite other results in --out.")] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="Python file that registers mechanisms; trusted.")
-    ] = None,
 ) -> None:
     """Measure mechanisms against dense attention: speed, memory, quality, needles."""
     from foveate.bench.compare import DEFAULT_SPECS, Comparison, Settings, check_specs
@@ -74,8 +77,6 @@ def compare(
     from foveate.hf import builtin
     from foveate.hf.text import builtin_text, read_text, text_sha256
 
-    for path in plugin or []:
-        registry.load_plugin(path)
     chosen = specs or list(DEFAULT_SPECS)
     check_specs(chosen)
     check_writable(folder)
@@ -263,6 +264,31 @@ def model(
         out.print(f"{status.path}  {status.bytes / 1e6:.0f} MB")
     else:
         out.print(f"{status.path}  not there yet; `foveate model --fetch` fetches it")
+
+
+@app.command()
+def audit(
+    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; default: all.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+) -> None:
+    """Check every mechanism against every property it owes; exit code 1 if one fails."""
+    from foveate.bench import audit as auditing
+    from foveate.report import audit as page
+
+    groups: dict[str, list[Any]] = {}
+    with err.status("auditing") as status:
+        for name, kind in auditing.audited(names or ()):
+            status.update(f"auditing {name}")
+            groups.setdefault(kind, []).extend(auditing.audit([name]))
+    for verdicts in groups.values():
+        table, notes = page.terminal(verdicts)
+        out.print(table)
+        for note in notes:
+            out.print(note, highlight=False)
+    if markdown:
+        markdown.write_text(page.markdown(groups), encoding="utf-8")
+    if any(cell.state == "failed" for verdicts in groups.values() for cell in verdicts):
+        raise typer.Exit(1)
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Paired timings on this machine.")

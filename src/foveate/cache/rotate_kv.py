@@ -31,6 +31,7 @@ _PARTS = ("", "_scale", "_zero")
         decoding="all keys and values are decoded at each step; decoded tokens are quantised too",
         confidence="operators checked against the released code; whether the paper keeps a "
         "recent window in full precision was not (the code keeps none)",
+        small={"bits": 2, "sinks": 2},
     )
 )
 @dataclass(frozen=True, kw_only=True)

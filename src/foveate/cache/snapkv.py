@@ -24,7 +24,7 @@ from foveate.registry import Card, register
         cost="O(window·L·D) once after a prefill; O(budget + decoded) memory",
         decoding="ordinary, over the kept prompt and every decoded token",
         confidence="definition; one vote for the query heads of a kv head (their mean), and "
-        "no smoothing of votes by default",
+        "votes smoothed by a maximum over 7 tokens",
         small={"budget": 16, "window": 4},
         full={"budget": 1 << 30},
     )
@@ -34,14 +34,14 @@ class SnapKV(Eviction):
     """Keeps, per kv head, the last `window` tokens and the best-voted earlier ones.
 
     A vote is the mean softmaxed attention of the last `window` queries and of the query heads of
-    a kv head, smoothed over `pool` neighbouring tokens (odd, 1 for none) by `smooth`, avg or max.
-    The paper smooths (5 to 13, average or maximum); unsmoothed votes stay nearer to the dense
-    model's logits on running text, and are the default.
+    a kv head, smoothed over `pool` neighbouring tokens (odd, 1 for none) by `smooth`, max or avg.
+    Smoothing keeps passages whole, as the paper wants for recall; unsmoothed votes stay nearer to
+    the dense model's logits on running text.
     """
 
     window: int = 32
-    pool: int = 1
-    smooth: str = "avg"
+    pool: int = 7
+    smooth: str = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -173,6 +173,11 @@ def block_sparse(
         out, lse = reference.block_sparse_reference(q, k, v, layout, **options, **at)
     elif layout.block[0] == 1 < shape.q_len and all(x is None for x in at.values()):
         out, lse = routed_torch(q, k, v, layout, **options)
+    elif layout.block[0] == shape.q_len == 1 and all(x is None for x in (mask, q_pos, k_pos)):
+        # The last query sees every key: its list can be gathered as it is.
+        idx, listed = layout.indices.long(), layout.filled
+        rest = {"scale": scale, "bias": at["bias"], "softcap": softcap}
+        out, lse = gather_torch(q, k, v, idx, listed, width=layout.block[1], **rest)
     else:
         out, lse = block_sparse_torch(q, k, v, layout, **options, **at)
     return (out, lse) if return_lse else out
