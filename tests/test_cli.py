@@ -52,6 +52,8 @@ def test_compare_measures_and_writes_the_report(run, tiny_model_dir, tmp_path):
     assert data["complete"] and data["schema"] == "foveate.compare/1"
     assert [m["spec"] for m in data["mechanisms"]] == ["dense", SMALL[-1].removeprefix("--with=")]
     assert "sink_window" in out and "report.html" in out
+    maps = {m["spec"]: m["map"] for m in data["measurements"] if m["kind"] == "map"}
+    assert list(maps) == data["settings"]["specs"] and maps["dense"][1][:3] == [1.0, 1.0, None]
     page = (tmp_path / "new" / "report.html").read_text()
     assert "sink_window" in page and len(page) < 3e6
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.bench import needles
 from foveate.bench.machine import machine
+from foveate.bench.maps import block_map
 from foveate.bench.runs import (
     Recording,
     Run,
@@ -26,9 +27,10 @@ from foveate.bench.store import SCHEMA, Json, Results, now
 from foveate.bench.summary import summarise
 from foveate.hf.plan import attention_plan, cache_plan, python_line, slots_of
 from foveate.hf.text import encode
+from foveate.ops import full_layout
 from foveate.registry import create, spec_of
 
-DEFAULT_SPECS = ("sink_window", "flexprefill", "prism", "moba", "decode=tidal", "cache=snapkv")
+DEFAULT_SPECS = ("flexprefill", "prism", "sink_window", "cache=snapkv:budget=512")
 
 Step = Callable[[], None]
 
@@ -187,8 +189,10 @@ class Comparison:
         )
 
     def _picture(self, spec: str, record: Recording) -> list[Json]:
-        if not record.picture:
-            return []
+        if not record.picture:  # dense over a full cache: everything is read
+            tokens = self.settings.tokens
+            full = full_layout(tokens, tokens, -(-tokens // 32), is_causal=True)
+            record.picture, record.phase = block_map(full, record.head), "prefill"
         shape = f"{len(record.picture)}×{len(record.picture[0])}"
         picture = {"layers_shape": shape, "map": record.picture, "phase": record.phase}
         return [{"kind": "map", "spec": spec, "layer": record.layer, "head": record.head} | picture]
