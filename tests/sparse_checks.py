@@ -37,7 +37,7 @@ def tokens_of(layout):
 
 
 def chosen(mechanism, q, k, causal=True):
-    return mechanism.select(q, k, causal=causal, scale=None, call=Call())
+    return mechanism.select(q, k, Call(causal=causal))
 
 
 def check_common(mechanism, q, k, v):

@@ -23,7 +23,7 @@ def decode(mechanism, steps, dim=8, seed=0, queries=None):
     k, v = torch.randn(1, 2, n, dim), torch.randn(1, 2, n, dim)
     memory = Memory()
     call = Call(0, 1, "prefill", memory=memory)
-    mechanism.after_prefill(q[:, :, :PROMPT], k[:, :, :PROMPT], scale=None, call=call)
+    mechanism.after_prefill(q[:, :, :PROMPT], k[:, :, :PROMPT], call)
     lists, dense = [memory.rows(0, 1)[0]["idx"]], []
     for t in range(PROMPT, n):
         part = (q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])

@@ -22,7 +22,8 @@ def step(mechanism, layers, n=50, q_heads=4, kv_heads=2, dim=8, seed=0, memory=N
     for layer in range(layers):
         q = torch.randn(1, q_heads, 1, dim)
         k, v = torch.randn(1, kv_heads, n, dim), torch.randn(1, kv_heads, n, dim)
-        call = Call(layer, layers, "decode", valid, None, memory, records.append)
+        own = {"valid": valid, "memory": memory, "record": records.append}
+        call = Call(layer, layers, "decode", **own)
         inputs.append((q, k, v))
         outputs.append(mechanism(q, k, v, call=call))
     return inputs, outputs, records, memory

@@ -55,20 +55,32 @@ class Result(NamedTuple):
 class Call:
     """What only a model knows about an attention call.
 
-    layer is the index of `layers`; valid (B, Lk) bool marks real keys (False: padding); softcap
-    bounds the logits as in Gemma 2; memory lives as long as the sequence; record, if given, is
-    told what the call did. `state` is the memory of one row, layer -> slot: what a stateful
-    mechanism reads and writes.
+    causal, mask and scale are those of the call itself; layer is the index of `layers`; valid
+    (B, Lk) bool marks real keys (False: padding); softcap bounds the logits as in Gemma 2; memory
+    lives as long as the sequence; record, if given, is told what the call did. `state` is the
+    memory of one row, layer -> slot: what a stateful mechanism reads and writes.
     """
 
     layer: int = 0
     layers: int = 1
     phase: str = "prefill"
+    causal: bool = True
+    mask: Mask | None = None
+    scale: float | None = None
     valid: Tensor | None = None
     softcap: float | None = None
     memory: Memory | None = None
     record: Callable[[Record], None] | None = None
     state: dict[int, Slot] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """What the primitives need to know of it: causal, mask, scale and softcap."""
+        return {
+            "causal": self.causal,
+            "mask": self.mask,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
 
     def row(self, b: int, batch: int) -> Call:
         """The call as one batch row sees it, without padding; fresh state if nothing keeps it."""
@@ -119,34 +131,16 @@ def rows_of(call: Call, batch: int, q_len: int) -> Iterator[tuple[int, Row, Call
 
 
 @torch.no_grad()
-def measure(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    mask: Mask | None,
-    scale: float | None,
-    call: Call,
-    result: Result,
-) -> Record:
+def measure(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result) -> Record:
     """Density from the layout; retained mass as exp(lse - dense lse) on evenly spaced rows."""
     lq, lk = q.shape[2], k.shape[2]
-    layout = result.layout or ops.full_layout(lq, lk, 128, is_causal=causal)
+    layout = result.layout or ops.full_layout(lq, lk, 128, is_causal=call.causal)
     mass = 1.0
     if result.lse is not None:
         rows = torch.linspace(0, lq - 1, min(lq, _SAMPLED_ROWS), device=q.device).long().unique()
-        _, dense = ops.attend(
-            q[:, :, rows],
-            k,
-            v,
-            causal=causal,
-            mask=mask,
-            scale=scale,
-            softcap=call.softcap,
-            q_pos=rows + max(lk - lq, 0),
-            return_lse=True,
-        )
+        at = rows + max(lk - lq, 0)
+        _, dense = ops.attend(q[:, :, rows], k, v, q_pos=at, return_lse=True, **call.options())
         seen = torch.isfinite(dense)
         kept = torch.exp(result.lse[:, :, rows] - dense)[seen]
         mass = float(kept.clamp_max(1).mean()) if kept.numel() else 1.0
-    return Record(call.layer, call.phase, layout, layout.density(causal), mass)
+    return Record(call.layer, call.phase, layout, layout.density(call.causal), mass)

@@ -70,49 +70,40 @@ class Attention:
         """Attend: q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv)."""
         shape = ops.check_qkv(q, k, v)
         call = Call(phase=phase_of(shape.q_len, shape.k_len)) if call is None else call
+        call = dataclasses.replace(call, causal=causal, mask=mask, scale=scale)
         padded = call.valid is not None and not bool(call.valid.all())
         if not padded and not (self.stateful and self.acts(shape.k_len, call)):
-            call = dataclasses.replace(call, valid=None) if call.valid is not None else call
-            return self._run(q, k, v, causal, mask, scale, call)
+            call.valid = None
+            return self._run(q, k, v, call)
         out = q.new_zeros(*q.shape[:3], shape.v_dim)
         for b, at, row in rows_of(call, shape.batch, shape.q_len):
-            rule = None if mask is None else mask.take(b, at.slots)
-            part = (at.queries(q), at.keys(k), at.keys(v))
-            out[b, :, at.rows] = self._run(*part, causal, rule, scale, row)[0]
+            row.mask = None if mask is None else mask.take(b, at.slots)
+            out[b, :, at.rows] = self._run(at.queries(q), at.keys(k), at.keys(v), row)[0]
         return out
 
-    def after_prefill(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def after_prefill(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Show a stateful decode mechanism every row's last query (B, Hq, 1, D) and its keys."""
         for b in range(q.shape[0]):
             real = slice(None) if call.valid is None else call.valid[b].nonzero().squeeze(-1)
             keys = k[b : b + 1, :, real]
             if keys.shape[2]:
                 row = call.row(b, q.shape[0])
-                self.prefilled(q[b : b + 1], keys, scale=scale, call=row)
+                self.prefilled(q[b : b + 1], keys, row)
 
-    def prefilled(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def prefilled(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Prepare `call.state` from one row's last query and keys; nothing by default."""
 
-    def _run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Tensor:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """One call without padding: the mechanism where it acts, dense attention elsewhere."""
         if not self.acts(k.shape[2], call):
-            return ops.attend(q, k, v, causal=causal, mask=mask, scale=scale, softcap=call.softcap)
-        if not causal and all(p.startswith("causal") for p in self.card.patterns):
+            return dense_result(q, k, v, call).out
+        if not call.causal and all(p.startswith("causal") for p in self.card.patterns):
             raise ValueError(
                 f"{self.card.name} is defined for causal attention only, got causal=False"
             )
-        result = self.compute(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        result = self.compute(q, k, v, call)
         if call.record is not None:
-            call.record(measure(q, k, v, causal, mask, scale, call, result))
+            call.record(measure(q, k, v, call, result))
         return result.out
 
     def acts(self, k_len: int, call: Call) -> bool:
@@ -120,17 +111,7 @@ class Attention:
         here = call.layer not in {x % call.layers for x in self.dense_layers}
         return here and k_len >= self.min_len and call.phase in self.card.phases
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """The mechanism proper; lse and layout are wanted when `call.record` is set."""
         raise NotImplementedError
 
@@ -144,54 +125,35 @@ class BlockSparse(Attention):
     def __post_init__(self) -> None:
         ops.check_block("block", self.block)
 
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> BlockLayout | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
         """The blocks to read, None for all of them."""
         raise NotImplementedError
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Block-sparse attention over the selection."""
-        layout = self.select(q, k, causal=causal, scale=scale, call=call)
+        layout = self.select(q, k, call)
         if layout is None:
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        out, lse = ops.block_sparse(
-            q,
-            k,
-            v,
-            layout,
-            causal=causal,
-            mask=mask,
-            scale=scale,
-            softcap=call.softcap,
-            return_lse=True,
-        )
+            return dense_result(q, k, v, call)
+        out, lse = ops.block_sparse(q, k, v, layout, return_lse=True, **call.options())
         return Result(out, lse, layout)
 
 
-def dense_result(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    mask: Mask | None,
-    scale: float | None,
-    call: Call,
-) -> Result:
+def dense_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """Dense attention as a mechanism's result."""
-    options: dict[str, Any] = {"causal": causal, "mask": mask, "scale": scale}
-    return Result(ops.attend(q, k, v, softcap=call.softcap, **options))
+    return Result(ops.attend(q, k, v, **call.options()))
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, valid: Tensor | None, call: Call
+) -> Result:
+    """Attention over token lists; the call's mask rules out listed tokens."""
+    if call.mask is not None:
+        idx, seen = _visible_tokens(call.mask, idx, k.shape[2])
+        valid = seen if valid is None else valid.expand_as(seen) & seen
+    options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
+    out, lse = ops.gather(q, k, v, idx, valid, return_lse=True, **options)
+    layout = token_layout(idx, valid, k.shape[2]) if call.record is not None else None
+    return Result(out, lse, layout)
 
 
 def token_layout(idx: Tensor, valid: Tensor | None, k_len: int, width: int = 1) -> BlockLayout:
@@ -206,36 +168,16 @@ def token_layout(idx: Tensor, valid: Tensor | None, k_len: int, width: int = 1) 
 class TokenSparse(Attention):
     """Exact attention of each query over the tokens that `select` lists for it."""
 
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Token lists idx (B, 1|Hkv|Hq, Lq, m) and their validity, None for all tokens."""
         raise NotImplementedError
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Gathered attention over the selection; a mask rules out listed tokens."""
-        chosen = self.select(q, k, causal=causal, scale=scale, call=call)
+        chosen = self.select(q, k, call)
         if chosen is None:
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        idx, valid = chosen
-        if mask is not None:
-            idx, seen = _visible_tokens(mask, idx, k.shape[2])
-            valid = seen if valid is None else valid.expand_as(seen) & seen
-        out, lse = ops.gather(
-            q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
-        )
-        layout = token_layout(idx, valid, k.shape[2]) if call.record is not None else None
-        return Result(out, lse, layout)
+            return dense_result(q, k, v, call)
+        return _gathered(q, k, v, *chosen, call)
 
 
 def _visible_tokens(mask: Mask, idx: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
@@ -263,33 +205,20 @@ class Pattern(Attention):
         """The pattern; causality is added to it. May read the layer if the class is `per_layer`."""
         raise NotImplementedError
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Attention over the blocks the pattern touches, the pattern applied inside them."""
         lq, lk = q.shape[2], k.shape[2]
         layer = (call.layer, call.layers) if self.per_layer else (0, 1)
-        options: dict[str, Any] = {"scale": scale, "softcap": call.softcap}
-        pattern = self.mask(lq, lk, call)
+        pattern, options = self.mask(lq, lk, call), call.options()
         if _covers(pattern, lq, lk):
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        if lq == 1 and mask is None and pattern.heads == pattern.batch == 1:
-            idx = _tokens_of(self, lk, causal, *layer)
-            out, lse = ops.gather(q, k, v, idx, return_lse=True, **options)
-            return Result(out, lse, token_layout(idx, None, lk) if call.record else None)
-        layout = _layout_of(self, lq, lk, causal, *layer)
-        if mask is not None:
+            return dense_result(q, k, v, call)
+        if lq == 1 and pattern.heads == pattern.batch == 1:
+            return _gathered(q, k, v, _tokens_of(self, lk, call.causal, *layer), None, call)
+        layout, options["mask"] = _layout_of(self, lq, lk, call.causal, *layer), pattern
+        if call.mask is not None:
             # The layout's `partial` knows the pattern only; another mask may cut any block.
-            pattern, layout = pattern & mask, dataclasses.replace(layout, partial=None)
-        options |= {"causal": causal, "mask": pattern}
+            layout = dataclasses.replace(layout, partial=None)
+            options["mask"] = pattern & call.mask
         out, lse = ops.block_sparse(q, k, v, layout, return_lse=True, **options)
         return Result(out, lse, layout)
 
@@ -335,7 +264,7 @@ class IndexReuse(Attention):
         """Whether this call attends to everything."""
         raise NotImplementedError
 
-    def choose(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def choose(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Keep in `call.state` what later calls will read; called after a due call."""
         raise NotImplementedError
 
@@ -343,30 +272,13 @@ class IndexReuse(Attention):
         """Tokens to read now, (1, 1|Hkv|Hq, m)."""
         raise NotImplementedError
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Dense attention when due, gathered attention otherwise."""
         if q.shape[2] > 1 or self.due(q, k.shape[2], call):
-            result = dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-            self.choose(q[:, :, -1:], k, scale=scale, call=call)
+            result = dense_result(q, k, v, call)
+            self.choose(q[:, :, -1:], k, call)
             return result
         idx = self.recall(k.shape[2], call)[:, :, None]
         if idx.shape[3] >= k.shape[2]:
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        valid = None
-        if mask is not None:
-            idx, valid = _visible_tokens(mask, idx, k.shape[2])
-        out, lse = ops.gather(
-            q, k, v, idx, valid, scale=scale, softcap=call.softcap, return_lse=True
-        )
-        layout = token_layout(idx, valid, k.shape[2]) if call.record is not None else None
-        return Result(out, lse, layout)
+            return dense_result(q, k, v, call)
+        return _gathered(q, k, v, idx, None, call)

@@ -112,8 +112,7 @@ def _selection(name: str, rounds: int) -> Line:
     q, k, v = layer_inputs(_LONG)
     mechanism = create(name)
     call = Call()
-    choose = {"causal": True, "scale": None, "call": call}
-    part, dense, ratio = paired(lambda: mechanism.select(q, k, **choose), _dense(q, k, v), rounds)
+    part, dense, ratio = paired(lambda: mechanism.select(q, k, call), _dense(q, k, v), rounds)
     figure = f"{100 * ratio:.1f} % ({part * 1e3:.0f} ms of {dense * 1e3:.0f} ms)"
     bar = "≤ 5 %"
     return Line(f"selection of {name} at 8k, share of dense attention", figure, bar, ratio <= 0.05)

@@ -159,7 +159,7 @@ class Attachment:
         if call.phase == "prefill" and follower.stateful and layer is not None:
             if isinstance(layer, EvictionLayer):
                 k, call.valid = layer.keys, layer.valid
-            follower.after_prefill(_last_queries(q, valid), k, scale=scale, call=call)
+            follower.after_prefill(_last_queries(q, valid), k, call)
         return out
 
     def _mechanism(self, phase: str, index: int, sliding: bool) -> Attention:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from foveate.attention.base import Attention, Call, Result
 from foveate.cache.base import CachePolicy
-from foveate.ops import Mask
 from foveate.registry import Card, create, lookup
 
 SLOTS = ("prefill", "decode", "cache")
@@ -31,17 +30,7 @@ class PerHead(Attention):
 
     heads: tuple[Attention, ...] = ()
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Run every distinct mechanism on its heads."""
         if len(self.heads) != k.shape[1]:
             raise ValueError(f"the plan names {len(self.heads)} kv heads, k has {k.shape[1]}")
@@ -51,11 +40,12 @@ class PerHead(Attention):
             at = torch.tensor([i for i, m in enumerate(self.heads) if m == mechanism])
             rows = (at[:, None] * group + torch.arange(group)).flatten()
             part = (q[:, rows], k[:, at], v[:, at])
-            if mask is not None and mask.heads > 1:
+            if call.mask is not None and call.mask.heads > 1:
                 raise ValueError(
                     "a plan per head cannot be joined with a mask that differs by head"
                 )
-            out[:, rows] = mechanism(*part, causal=causal, mask=mask, scale=scale, call=call)
+            own: dict[str, Any] = {"causal": call.causal, "mask": call.mask, "scale": call.scale}
+            out[:, rows] = mechanism(*part, **own, call=call)
         return Result(out)
 
 

@@ -58,10 +58,10 @@ class Recycled(IndexReuse):
         if self.pool < 0 or (self.pool and self.pool % 2 == 0):
             raise ValueError(f"pool must be odd, or 0 for none, got {self.pool}")
 
-    def prefilled(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def prefilled(self, q: Tensor, k: Tensor, call: Call) -> None:
         """The prompt is step 0: its last query makes the first list."""
         call.state[call.layer].clear()
-        self.choose(q[:, :, -1:], k, scale=scale, call=call)
+        self.choose(q[:, :, -1:], k, call)
 
     def due(self, q: Tensor, k_len: int, call: Call) -> bool:
         """Steps of the schedule, and those that do not continue what the state knows."""
@@ -75,10 +75,10 @@ class Recycled(IndexReuse):
             return False
         return float(cosine_similarity(_mean(q), held["query"], dim=0)) < self.threshold
 
-    def choose(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def choose(self, q: Tensor, k: Tensor, call: Call) -> None:
         """List the tokens of the largest weights, lowest first: the order in which they leave."""
         weights = ops.token_scores(
-            q, k, over="last", group=self.group, pool=self.pool, pool_mode="max", scale=scale
+            q, k, over="last", group=self.group, pool=self.pool, pool_mode="max", scale=call.scale
         )
         idx = weights.topk(min(self.budget, k.shape[2])).indices.flip(-1)
         held = call.state[call.layer]

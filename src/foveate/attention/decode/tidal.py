@@ -69,11 +69,11 @@ class Tidal(IndexReuse):
             return True
         return self._chosen(k_len, call) is None
 
-    def choose(self, q: Tensor, k: Tensor, *, scale: float | None, call: Call) -> None:
+    def choose(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Keep the tokens of the largest logits, where the layer is one that chooses."""
         if call.layer not in self._selecting(call.layers):
             return
-        logits = ops.grouped_logits(q, k, 1.0 if scale is None else scale)[:, :, 0]
+        logits = ops.grouped_logits(q, k, 1.0 if call.scale is None else call.scale)[:, :, 0]
         if self.scope == "kv":
             logits = logits.unflatten(1, (k.shape[1], -1)).amax(2)
         n = k.shape[2]

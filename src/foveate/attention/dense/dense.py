@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate.attention.base import Attention, Call, Result, dense_result
-from foveate.ops import Mask
 from foveate.registry import Card, register
 
 
@@ -29,16 +28,6 @@ from foveate.registry import Card, register
 class Dense(Attention):
     """Exact attention over all visible keys."""
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Dense attention."""
-        return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        return dense_result(q, k, v, call)

@@ -67,15 +67,13 @@ class FlexPrefill(BlockSparse):
             raise ValueError(f"slash_cover must be 1 or 2, got {self.slash_cover}")
 
     @torch.no_grad()
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> BlockLayout | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
         """The blocks of every head's pattern; block 0 and the diagonal always."""
         lengths, b = (q.shape[2], k.shape[2]), self.block
         least = -(-self.min_budget // b)
         if self.gamma >= 1 or lengths[1] <= b * max(2, least):
             return None
-        factor = default_scale(scale, q.shape[3])
+        factor = default_scale(call.scale, q.shape[3])
         vertical, slash = _observe(q[:, :, -b:], k, factor, call.softcap)
         columns, bands = _block_sums(vertical, b), _block_sums(slash, b)
         k_mean = ops.pool_blocks(k, b)

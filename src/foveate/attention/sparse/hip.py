@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -69,40 +69,28 @@ class HiP(BlockSparse):
         if kind not in ("center", "first", "last"):
             raise ValueError(f"representative must be center, first or last, got {kind!r}")
 
-    def compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Mask | None,
-        scale: float | None,
-        call: Call,
-    ) -> Result:
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Sinks and window, and the chosen blocks outside of them, merged into one softmax."""
-        layout = self.select(q, k, causal=causal, scale=scale, call=call)
+        layout = self.select(q, k, call)
         if layout is None:
-            return dense_result(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
-        near = _Near(window=self.window if causal else 0, sinks=self.sinks)
+            return dense_result(q, k, v, call)
+        near = _Near(window=self.window if call.causal else 0, sinks=self.sinks)
         rule = near.mask(*layout.lengths, call)
-        options: dict[str, Any] = {"causal": causal, "scale": scale, "softcap": call.softcap}
         far, searched = ~rule, layout
-        if mask is not None:
-            far, searched = mask & far, dataclasses.replace(layout, partial=None)
-        chosen = ops.block_sparse(q, k, v, searched, mask=far, return_lse=True, **options)
-        close = near.compute(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
+        if call.mask is not None:
+            far, searched = call.mask & far, dataclasses.replace(layout, partial=None)
+        options = call.options() | {"mask": far}
+        chosen = ops.block_sparse(q, k, v, searched, return_lse=True, **options)
+        close = near.compute(q, k, v, call)
         out, lse = ops.merge([chosen, (close.out, cast(Tensor, close.lse))])
         if call.record is not None:
-            seen = rule & ops.causal() if causal else rule
+            seen = rule & ops.causal() if call.causal else rule
             around = seen.to_layout(*layout.lengths, layout.block).to_bool().to(q.device)
             layout = ops.from_map(layout.to_bool() | around, layout.block, layout.lengths)
         return Result(out, lse, layout)
 
     @torch.no_grad()
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> BlockLayout | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
         """The key blocks found for every query block, those of sinks and window apart."""
         lengths = (q.shape[2], k.shape[2])
         if lengths[1] <= self.budget + self.window + self.sinks:
@@ -114,7 +102,7 @@ class HiP(BlockSparse):
         # A row outside of the queries gives way to the last one: a repeat changes no maximum.
         rows = torch.where(rows >= first.clamp_min(start)[:, None], rows, last[:, None])
         asked = q[:, :, (rows - start).flatten()].reshape(-1, *rows.shape[1:], q.shape[3])
-        end = last + 1 - self.window if causal else torch.full_like(last, lengths[1])
+        end = last + 1 - self.window if call.causal else torch.full_like(last, lengths[1])
         lanes = torch.arange(q.shape[0] * q.shape[1], device=q.device)
         found, real = tree_search(
             asked,
@@ -125,14 +113,14 @@ class HiP(BlockSparse):
             start=self.sinks,
             width=self.key_block,
             # Only below a window shorter than the query block do rows precede searched keys.
-            pos=rows.repeat(len(lanes), 1) if causal and self.window < self.block else None,
+            pos=rows.repeat(len(lanes), 1) if call.causal and self.window < self.block else None,
             representative=self.representative,
         )
         found, real = (x.view(*q.shape[:2], grid.tiles, -1) for x in (found, real))
         blocks = found + self.sinks // self.key_block
         by_tile = token_layout(blocks, real, lengths[1], self.key_block)
         # Only where the window of an early row reaches back is a block not wholly outside of it.
-        edge = first[:, None] - self.window if causal else lengths[1]
+        edge = first[:, None] - self.window if call.causal else lengths[1]
         partial = (by_tile.indices + 1) * self.key_block > edge
         size = (self.block, self.key_block)
         return dataclasses.replace(by_tile, block=size, lengths=lengths, partial=partial)

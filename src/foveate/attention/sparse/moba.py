@@ -51,9 +51,7 @@ class MoBA(BlockSparse):
         ops.check_block("top_k", self.top_k)
 
     @torch.no_grad()
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> BlockLayout | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
         """One list of blocks per query token."""
         if k.shape[2] <= self.top_k * self.block:
             return None

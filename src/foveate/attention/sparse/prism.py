@@ -63,9 +63,7 @@ class Prism(BlockSparse):
             raise ValueError(f"rotary_dim must be an even number from 2, got {self.rotary_dim}")
 
     @torch.no_grad()
-    def select(
-        self, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, call: Call
-    ) -> BlockLayout | None:
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
         """The union of both bands' blocks, block 0 and the diagonal."""
         if self.p >= 1:
             return None
@@ -73,7 +71,7 @@ class Prism(BlockSparse):
         q_mean = ops.pool_blocks(q, b, lead=ops.TileGrid.of(*lengths, b).lead)
         k_mean = ops.pool_blocks(k, b)
         visible = ops.causal_map(lengths, (b, b)).to(q.device)
-        factor = default_scale(scale, q.shape[3])
+        factor = default_scale(call.scale, q.shape[3])
         chosen = torch.zeros_like(visible)
         for dims in self._bands(q.shape[3], q.device):
             logits = self._logits(q_mean, k_mean, dims) * factor

@@ -64,9 +64,7 @@ def stepwise(attn: Attention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | N
             call = Call(layer=layer, layers=4, memory=memory)
             if t == start:
                 call.valid = None if valid is None else valid[:, :start]
-                attn.after_prefill(
-                    _last(q, call.valid, start), k[:, :, :start], scale=None, call=call
-                )
+                attn.after_prefill(_last(q, call.valid, start), k[:, :, :start], call)
             call.phase, call.valid = "decode", None if valid is None else valid[:, now]
             out = attn(q[:, :, t : t + 1], k[:, :, now], v[:, :, now], call=call)
         outs.append(out)
