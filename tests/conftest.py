@@ -19,24 +19,9 @@ def builtin():
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A random Llama of two layers, four query heads on two key-value heads of 16, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from foveate.bench.audit.cache import model
 
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # wide enough that attention is far from uniform
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+    return model()
 
 
 @pytest.fixture(scope="session")

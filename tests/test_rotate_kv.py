@@ -5,10 +5,6 @@ from transformers import DynamicCache
 import foveate
 from attached import (
     check_bytes,
-    check_differs_from_plain,
-    check_padded_row_equals_row_alone,
-    check_reorder_commutes,
-    check_reset_equals_fresh,
     prompt,
     step_logits,
 )
@@ -170,23 +166,6 @@ def test_rows_with_fewer_exact_tokens_keep_theirs(tiny_llama, monkeypatch):
     together = step_logits(tiny_llama, ids, 28, cache="rotate_kv:bits=2")
     alone = step_logits(tiny_llama, ids[:1], 28, cache="rotate_kv:bits=2")
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
-
-
-def test_two_bits_differ_from_plain(tiny_llama):
-    check_differs_from_plain(tiny_llama, cache="rotate_kv:bits=2,sinks=0")
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_padded_row_equals_row_alone(tiny_llama, beams):
-    check_padded_row_equals_row_alone(tiny_llama, beams, cache=SMALL)
-
-
-def test_reset_equals_fresh(tiny_llama):
-    check_reset_equals_fresh(tiny_llama, cache=SMALL)
-
-
-def test_reorder_commutes(tiny_llama):
-    check_reorder_commutes(tiny_llama, cache=SMALL)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

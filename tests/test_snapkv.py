@@ -4,11 +4,6 @@ import torch
 import foveate
 from attached import (
     check_bytes,
-    check_differs_from_plain,
-    check_equals_plain,
-    check_padded_row_equals_row_alone,
-    check_reorder_commutes,
-    check_reset_equals_fresh,
 )
 
 SMALL = "snapkv:budget=12,window=4,pool=3"
@@ -75,27 +70,6 @@ def test_slots_are_ascending_and_free_of_repeats():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         foveate.create("snapkv", **options)
-
-
-def test_full_budget_equals_plain(tiny_llama):
-    check_equals_plain(tiny_llama, cache="snapkv:budget=64")
-
-
-def test_small_budget_differs_from_plain(tiny_llama):
-    check_differs_from_plain(tiny_llama, cache=SMALL)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_padded_row_equals_row_alone(tiny_llama, beams):
-    check_padded_row_equals_row_alone(tiny_llama, beams, cache=SMALL)
-
-
-def test_reset_equals_fresh(tiny_llama):
-    check_reset_equals_fresh(tiny_llama, cache=SMALL)
-
-
-def test_reorder_commutes(tiny_llama):
-    check_reorder_commutes(tiny_llama, cache=SMALL)
 
 
 @pytest.mark.parametrize("prompt_length", [30, 8])

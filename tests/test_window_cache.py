@@ -2,14 +2,6 @@ import pytest
 import torch
 
 import foveate
-from attached import (
-    check_bytes,
-    check_differs_from_plain,
-    check_equals_plain,
-    check_padded_row_equals_row_alone,
-    check_reorder_commutes,
-    check_reset_equals_fresh,
-)
 
 SMALL = "window:budget=12,sinks=3"
 
@@ -43,29 +35,3 @@ def test_step_by_step_keeps_what_one_prefill_keeps():
 def test_sinks_must_fit_the_budget(sinks):
     with pytest.raises(ValueError, match="sinks must be at least 0 and below the budget 8"):
         foveate.create("window", budget=8, sinks=sinks)
-
-
-def test_full_budget_equals_plain(tiny_llama):
-    check_equals_plain(tiny_llama, cache="window:budget=64")
-
-
-def test_small_budget_differs_from_plain(tiny_llama):
-    check_differs_from_plain(tiny_llama, cache=SMALL)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_padded_row_equals_row_alone(tiny_llama, beams):
-    check_padded_row_equals_row_alone(tiny_llama, beams, cache=SMALL)
-
-
-def test_reset_equals_fresh(tiny_llama):
-    check_reset_equals_fresh(tiny_llama, cache=SMALL)
-
-
-def test_reorder_commutes(tiny_llama):
-    check_reorder_commutes(tiny_llama, cache=SMALL)
-
-
-def test_bytes_held_are_those_claimed_at_every_step(tiny_llama):
-    check_bytes(tiny_llama, foveate.create(SMALL), prompt_length=20)
-    check_bytes(tiny_llama, foveate.create(SMALL), prompt_length=6)
