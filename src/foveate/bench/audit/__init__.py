@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.registry import find, lookup
+from torch import Tensor
+
+from foveate.registry import create, find, lookup, spec_of
 
 
 class Fault(AssertionError):
@@ -18,6 +24,24 @@ class Unfit(Exception):
 
 
 Check = Callable[[Any], None]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Raise Fault when two results differ, or hold a NaN."""
+    gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    if not gap <= tolerance:
+        raise Fault(f"differs by {gap:.2e}, {tolerance:.0e} is allowed")
+
+
+def survives_copying(cls: Any) -> None:
+    """A configuration survives its spec string, JSON, pickling and copying."""
+    made = create(cls.card.name, **cls.card.small)
+    plain = json.loads(json.dumps(dataclasses.asdict(made)))
+    held = {k: tuple(x) if isinstance(x, list) else x for k, x in plain.items()}
+    copies = (create(spec_of(made)), cls(**held), pickle.loads(pickle.dumps(made)))
+    for other in (*copies, copy.deepcopy(made)):
+        if other != made or hash(other) != hash(made):
+            raise Fault(f"{other} is not {made}")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
-import pickle
 from typing import Any
 
 import torch
@@ -13,8 +9,8 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.attention.base import Attention, Call, Memory
-from foveate.bench.audit import Check, Fault, Unfit
-from foveate.registry import create, spec_of
+from foveate.bench.audit import Check, Fault, Unfit, close, survives_copying
+from foveate.registry import create
 
 # Long enough that every mechanism's small options leave something out; ragged on purpose.
 LENGTH, BATCH, HEADS, KV_HEADS, DIM = 157, 2, 4, 2, 16
@@ -46,13 +42,6 @@ def needs(cls: Any, phase: str) -> None:
     """Raise Unfit when the mechanism does not act in a phase."""
     if phase not in cls.card.phases:
         raise Unfit(f"acts in {cls.card.phases[0]} only; {phase} is dense attention")
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    """Raise Fault when two results differ, or hold a NaN."""
-    gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-    if not gap <= tolerance:
-        raise Fault(f"differs by {gap:.2e}, {tolerance:.0e} is allowed")
 
 
 def stepwise(attn: Attention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -255,17 +244,6 @@ def determinism(cls: Any) -> None:
         raise Fault("two calls differ")
 
 
-def configuration(cls: Any) -> None:
-    """A configuration survives its spec string, JSON, pickling and copying."""
-    attn = small(cls)
-    plain = json.loads(json.dumps(dataclasses.asdict(attn)))
-    held = {k: tuple(x) if isinstance(x, list) else x for k, x in plain.items()}
-    copies = (create(spec_of(attn)), cls(**held), pickle.loads(pickle.dumps(attn)))
-    for other in (*copies, copy.deepcopy(attn)):
-        if other != attn or hash(other) != hash(attn):
-            raise Fault(f"{other} is not {attn}")
-
-
 PROPERTIES: dict[str, Check] = {
     "acts": acts,
     "fast path = reference": fast_path,
@@ -282,5 +260,5 @@ PROPERTIES: dict[str, Check] = {
     "gradients": gradients,
     "bfloat16": bfloat16,
     "determinism": determinism,
-    "configuration": configuration,
+    "configuration": survives_copying,
 }

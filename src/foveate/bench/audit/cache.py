@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
-import pickle
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.bench.audit import Check, Fault, Unfit
+from foveate.bench.audit import Check, Fault, Unfit, close, survives_copying
 from foveate.cache.base import CachePolicy
 from foveate.hf.attach import attach
-from foveate.registry import create, spec_of
+from foveate.registry import create
 
 PROMPT, STEPS = 64, 12
 
@@ -102,13 +98,6 @@ def generated(
             ids, attention_mask=mask, do_sample=False, num_beams=beams, **count
         )
     return out[:, ids.shape[1] :]
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    """Raise Fault when logits differ or hold a NaN."""
-    gap = float((a.double() - b.double()).abs().max())
-    if not gap <= tolerance:
-        raise Fault(f"logits differ by {gap:.2e}, {tolerance:.0e} is allowed")
 
 
 def acts(cls: Any) -> None:
@@ -211,17 +200,6 @@ def chunks(cls: Any) -> None:
         raise Fault("a later chunk gives NaN or infinity")
 
 
-def configuration(cls: Any) -> None:
-    """A configuration survives its spec string, JSON, pickling and copying."""
-    policy = small(cls)
-    plain = json.loads(json.dumps(dataclasses.asdict(policy)))
-    held = {k: tuple(x) if isinstance(x, list) else x for k, x in plain.items()}
-    copies = (create(spec_of(policy)), cls(**held), pickle.loads(pickle.dumps(policy)))
-    for other in (*copies, copy.deepcopy(policy)):
-        if other != policy or hash(other) != hash(policy):
-            raise Fault(f"{other} is not {policy}")
-
-
 PROPERTIES: dict[str, Check] = {
     "acts": acts,
     "full budget = dense": full_budget,
@@ -232,5 +210,5 @@ PROPERTIES: dict[str, Check] = {
     "left padding": left_padding,
     "beam search": beam_search,
     "chunks": chunks,
-    "configuration": configuration,
+    "configuration": survives_copying,
 }
