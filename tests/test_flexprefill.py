@@ -135,7 +135,10 @@ def test_density_grows_with_gamma(tau):
 def test_a_head_looking_back_by_a_fixed_distance_is_covered_by_a_slash():
     length, back = 256, 40
     angles = torch.arange(length)[:, None] * torch.linspace(0.3, 2.5, 16)
-    wave = lambda x: torch.cat((x.cos(), x.sin()), -1)[None, None]  # noqa: E731
+
+    def wave(x):
+        return torch.cat((x.cos(), x.sin()), -1)[None, None]
+
     k = 3 * wave(angles)
     q = 3 * wave(angles - back * torch.linspace(0.3, 2.5, 16))
     m = foveate.create("flexprefill", block=8, min_budget=16, gamma=0.5, tau=0.0)

@@ -27,7 +27,10 @@ def plain_choice(q, k, m):
     rows = range(start // b, n)
     q_mean = torch.stack([q[max(i * b - start, 0) : (i + 1) * b - start].mean(0) for i in rows])
     k_mean = torch.stack([k[j * b : (j + 1) * b].mean(0) for j in range(n)])
-    rms = lambda x: x.square().mean().sqrt()  # noqa: E731
+
+    def rms(x):
+        return x.square().mean().sqrt()
+
     keep = torch.tensor([[j in (0, i) for j in range(n)] for i in rows])
     for band in plain_bands(dim, m):
         qb, kb, d = q_mean[:, band], k_mean[:, band], len(band)
@@ -108,7 +111,10 @@ def test_mean_pooling_is_a_low_pass_of_known_strength():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 1, 64, generator=g).expand(-1, -1, block * 4, -1)
     pooled = ops.pool_blocks(ops.rope(x, angles.cos(), angles.sin()), block)[0, 0, 2]
-    size = lambda y: torch.hypot(*y.view(2, 32))  # noqa: E731
+
+    def size(y):
+        return torch.hypot(*y.view(2, 32))
+
     want = ((block * theta / 2).sin() / (block * (theta / 2).sin())).abs()
     torch.testing.assert_close(size(pooled) / size(x[0, 0, 0]), want, atol=1e-4, rtol=1e-4)
 
@@ -118,7 +124,9 @@ def test_high_band_finds_a_slash_that_full_width_pooling_misses():
     g = torch.Generator().manual_seed(0)
     theta = 2 * math.pi * torch.linspace(0.2, 0.9, 16) / block
     angles = torch.arange(block * n)[:, None] * theta
-    low = lambda: 6 * torch.randn(n, 32, generator=g).repeat_interleave(block, 0)  # noqa: E731
+
+    def low():
+        return 6 * torch.randn(n, 32, generator=g).repeat_interleave(block, 0)
 
     def vectors(shift):
         turned, unrelated = angles - shift * theta, low()
