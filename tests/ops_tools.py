@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foveate import ops
+from foveate.native import kernels
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 
@@ -29,12 +30,13 @@ def assert_same(got, want, dtype=torch.float32):
 
 
 def held_to_reference(function, *args, **options):
-    """Result of a primitive on the torch backend, checked against the reference."""
-    with ops.backend("torch"):
-        got = function(*args, **options)
+    """Result of a primitive on the torch backend; it and the kernels' are held to the reference."""
     with ops.backend("reference"):
         want = function(*args, **options)
-    assert_same(got, want, args[0].dtype)
+    for name in ("native", "torch") if kernels() else ("torch",):
+        with ops.backend(name):
+            got = function(*args, **options)
+        assert_same(got, want, args[0].dtype)
     return got
 
 

@@ -57,6 +57,22 @@ def test_mask_means_what_its_rule_says(name, q_len):
             assert seen[b, h].tolist() == want
 
 
+@settings(max_examples=100, deadline=None)
+@given(combinations())
+@pytest.mark.parametrize("slots", [None, torch.arange(1, LENGTH, 2)], ids=["whole", "slots"])
+def test_runs_are_another_form_of_the_mask(slots, mask):
+    length = LENGTH if slots is None else len(slots)
+    mask = mask.take(1, slots)
+    if mask.runs is None:
+        return
+    q, k = torch.arange(length), torch.arange(length)
+    b, h = mask.axes(torch.device("cpu"))
+    runs = mask.runs(b[..., 0], h[..., 0], q[None, None])
+    inside = (runs[..., :1] <= k) & (k < runs[..., 1:])
+    want = mask.to_dense(length, length)
+    assert torch.equal(inside.any(-2).expand_as(want), want)
+
+
 @settings(max_examples=60, deadline=None)
 @given(combinations(), combinations())
 def test_algebra_is_that_of_sets(a, b):

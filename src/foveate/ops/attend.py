@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.ops.mask import Mask, causal
+from foveate.ops.mask import Mask, with_causal
 from foveate.ops.merge import merge
 from foveate.ops.normalizers import Normalizer, Softmax, Stats
 from foveate.ops.shapes import check_qkv, positions, tile_positions
@@ -54,7 +54,7 @@ def attend_torch(
             sdpa = torch.nn.functional.scaled_dot_product_attention
             out = sdpa(q, k, v, is_causal=is_causal, scale=factor, enable_gqa=shape.group > 1)
             return out, None
-    rule = mask if not is_causal else (causal() if mask is None else mask & causal())
+    rule = with_causal(mask, is_causal)
     walk = _Walk(q, k, v, rule, bias, factor, softcap, *positions_of(q, k, q_pos, k_pos))
     if soft and has_flash(q, v, softcap, k, bias):
         return walk.softmax()

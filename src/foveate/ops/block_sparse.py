@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.layout import BlockLayout
-from foveate.ops.mask import Mask, causal
+from foveate.ops.mask import Mask, causal, with_causal
 from foveate.ops.merge import merge
 from foveate.ops.shapes import (
     Shape,
@@ -27,27 +27,6 @@ _CHUNK, _KEYS = 1 << 18, 2048
 Chunk = tuple[Tensor, Tensor, Tensor]
 
 
-def block_sparse_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    *,
-    mask: Mask | None,
-    is_causal: bool,
-    scale: float | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch form of `block_sparse`: gathers chunks of lists of equal length."""
-    shape = check_qkv(q, k, v)
-    rule = mask if not is_causal else (causal() if mask is None else mask & causal())
-    edge = causal() if is_causal else None
-    return _Tiles(q, k, v, layout, shape, rule, edge, bias, scale, softcap, q_pos, k_pos).run()
-
-
 def check_layout(layout: BlockLayout, shape: Shape) -> None:
     """Refuse a layout made for other sizes."""
     if layout.lengths != (shape.q_len, shape.k_len):
@@ -62,8 +41,8 @@ def check_layout(layout: BlockLayout, shape: Shape) -> None:
         )
 
 
-class _Tiles:
-    """Query tiles in the order of their list lengths, and the key blocks they read.
+class Tiles:
+    """The query tiles of a call and the key blocks they read.
 
     One "lane" is what shares a list: a query head, or a whole group when lists are per kv head.
     A tile is (lane, query block); its rows are the block's rows times the heads of the lane.
@@ -75,17 +54,19 @@ class _Tiles:
         k: Tensor,
         v: Tensor,
         layout: BlockLayout,
-        shape: Shape,
-        rule: Mask | None,
-        edge: Mask | None,
-        bias: Tensor | None,
+        *,
+        mask: Mask | None,
+        is_causal: bool,
         scale: float | None,
+        bias: Tensor | None,
         softcap: float | None,
         q_pos: Tensor | None,
         k_pos: Tensor | None,
     ) -> None:
+        shape = check_qkv(q, k, v)
         self.shape, self.layout, self.softcap = shape, layout, softcap
-        self.rule, self.edge = rule, edge
+        self.edge = causal() if is_causal else None
+        self.rule = with_causal(mask, is_causal)
         self.scale = default_scale(scale, shape.dim)
         self.bias = bias
         self.bq, self.bk = layout.block
@@ -125,7 +106,7 @@ class _Tiles:
         return x.reshape(-1, self.bk * x.shape[3])
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq)."""
+        """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq): chunks of lists of equal length are gathered."""
         tiles, wide = self.q.shape[0], torch.promote_types(self.q.dtype, torch.float32)
         out = self.q.new_zeros(tiles, self.fold, self.bq, self.shape.v_dim)
         lse = self.q.new_full((tiles, self.fold, self.bq), float("-inf"), dtype=wide)
@@ -165,14 +146,18 @@ class _Tiles:
                     yield rows, *recomputed(self._chunk, *chunk)
             start += run
 
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """Per tile: the length of its list, and the list (tiles, m)."""
+        full = (self.shape.batch, self.lanes, self.grid.tiles)
+        counts = self.layout.counts.expand(full).flatten().long()
+        return counts, self.layout.indices.expand(*full, -1).reshape(counts.numel(), -1).long()
+
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per tile: its count, its list (tiles, m) and which entries need a mask, those last.
 
         Filler, which counts as needing one, comes last of all.
         """
-        full = (self.shape.batch, self.lanes, self.grid.tiles)
-        counts = self.layout.counts.expand(full).flatten().long()
-        lists = self.layout.indices.expand(*full, -1).reshape(counts.numel(), -1).long()
+        counts, lists = self.listed()
         filler = torch.arange(lists.shape[1], device=counts.device) >= counts[:, None]
         cut = (lists == self.nk - 1) & bool(self.shape.k_len % self.bk)
         cut = cut | self._crossed(lists) | filler
@@ -195,7 +180,7 @@ class _Tiles:
         flat = (self.kv[tiles, None] * self.nk + lists).flatten()
         k = self._gathered(self.k, flat, 0).view(c, 1, m * self.bk, self.shape.dim)
         v = self._gathered(self.v, flat, 1).view(c, 1, m * self.bk, self.shape.v_dim)
-        added = self._added(tiles, lists) if masked else None
+        added = self.added(tiles, lists) if masked else None
         return attend_tile(self.q[tiles], k, v, added, self.scale, self.softcap)
 
     def _gathered(self, x: Tensor, rows: Tensor, which: int) -> Tensor:
@@ -213,7 +198,7 @@ class _Tiles:
         told = self.fold if self.rule is not None and self.rule.heads > 1 else 1
         return b, head[:, None] + torch.arange(told, device=tiles.device), head, i
 
-    def _added(self, tiles: Tensor, lists: Tensor) -> Tensor:
+    def added(self, tiles: Tensor, lists: Tensor) -> Tensor:
         """Additive bias (c, fold|1, bq, m * bk): -inf where a pair is not visible."""
         c, m = lists.shape
         b, heads, head, i = self._heads(tiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Bounds = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Runs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _unknown(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +37,8 @@ class Mask:
     FlexAttention's `mask_mod`. `bounds(b, h, q_lo, q_hi, k_lo, k_hi)` says what is certain of
     whole tiles without looking inside: a pair `(some, every)`, `some` false where the tile is
     surely empty, `every` true where it is surely full. `batch` and `heads` are above 1 when the
-    mask differs over them.
+    mask differs over them. `runs(b, h, q_pos)`, where a mask has it, is another form of the
+    predicate: a query sees the positions [first, end) of its runs (…, runs, 2).
     """
 
     predicate: Predicate
@@ -43,6 +46,7 @@ class Mask:
     batch: int = 1
     heads: int = 1
     name: str = "mask"
+    runs: Runs | None = None
 
     def __call__(self, b: Tensor, h: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Evaluate the predicate on broadcasting integer tensors."""
@@ -59,8 +63,9 @@ class Mask:
             (some, every), (some2, every2) = self.bounds(*tile), other.bounds(*tile)
             return op(some, some2), op(every, every2)
 
+        runs = _joined_runs(self.runs, other.runs, op is torch.logical_and)
         sizes = max(self.batch, other.batch), max(self.heads, other.heads)
-        return Mask(predicate, bounds, *sizes, name=f"({self.name} {sign} {other.name})")
+        return Mask(predicate, bounds, *sizes, f"({self.name} {sign} {other.name})", runs)
 
     def __and__(self, other: Mask) -> Mask:
         return self._join(other, torch.logical_and, "&")
@@ -85,12 +90,17 @@ class Mask:
                 pos = tuple(slots[p.clamp(0, slots.numel() - 1)] for p in pos)
             return (b + row, h, *pos)
 
+        def runs(own: Runs, b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
+            seen = own(*moved(b, h, q_pos)).contiguous()
+            return seen if slots is None else torch.searchsorted(slots, seen)
+
         return Mask(
             lambda *at: self.predicate(*moved(*at)),
             lambda *tile: self.bounds(*moved(*tile)),
             1,
             self.heads,
             self.name,
+            None if self.runs is None else partial(runs, self.runs),
         )
 
     def to_dense(
@@ -132,13 +142,47 @@ class Mask:
         )
 
 
+def _joined_runs(left: Runs | None, right: Runs | None, both: bool) -> Runs | None:
+    """Runs of the positions in both masks, or in either."""
+    if left is None or right is None:
+        return None
+    one, two = left, right
+
+    def runs(b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
+        x, y = one(b, h, q_pos), two(b, h, q_pos)
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        x, y = (z.expand(*lead, *z.shape[-2:]) for z in (x, y))
+        if not both:
+            return torch.cat((x, y), -2)
+        x, y = x[..., :, None, :], y[..., None, :, :]
+        first, end = torch.maximum(x[..., 0], y[..., 0]), torch.minimum(x[..., 1], y[..., 1])
+        return torch.stack((first, end), -1).flatten(-3, -2)
+
+    return runs
+
+
+def _run(first: Tensor | int, end: Tensor | int, q_pos: Tensor) -> Tensor:
+    """One run [first, end) for every query: (…, 1, 2)."""
+    ends = torch.broadcast_tensors(*(torch.as_tensor(x, device=q_pos.device) for x in (first, end)))
+    run = torch.stack(ends, -1)[..., None, :]
+    return run.expand(*torch.broadcast_shapes(run.shape[:-2], q_pos.shape), 1, 2)
+
+
 def causal() -> Mask:
     """A query sees the keys at its own position and before."""
     return Mask(
         lambda b, h, q, k: k <= q,
         lambda b, h, q_lo, q_hi, k_lo, k_hi: (k_lo <= q_hi, k_hi <= q_lo),
         name="causal()",
+        runs=lambda b, h, q: _run(torch.iinfo(torch.int64).min // 2, q + 1, q),
     )
+
+
+def with_causal(mask: Mask | None, is_causal: bool) -> Mask | None:
+    """A mask and, where asked for, causality."""
+    if not is_causal:
+        return mask
+    return causal() if mask is None else mask & causal()
 
 
 def _per_head(n: int | Tensor, name: str) -> tuple[Callable[[Tensor], int | Tensor], int]:
@@ -162,7 +206,11 @@ def window(n: int | Tensor) -> Mask:
         return (k_lo - q_hi < w) & (q_lo - k_hi < w), (k_hi - q_lo < w) & (q_hi - k_lo < w)
 
     return Mask(
-        lambda b, h, q, k: (q - k).abs() < size(h), bounds, heads=heads, name=f"window({n})"
+        lambda b, h, q, k: (q - k).abs() < size(h),
+        bounds,
+        heads=heads,
+        name=f"window({n})",
+        runs=lambda b, h, q: _run(q - size(h) + 1, q + size(h), q),
     )
 
 
@@ -177,6 +225,7 @@ def sinks(n: int | Tensor) -> Mask:
         ),
         heads=heads,
         name=f"sinks({n})",
+        runs=lambda b, h, q: _run(0, size(h), q),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask, causal
 from foveate.ops.normalizers import Normalizer, Softmax, Stats
-from foveate.ops.shapes import TileGrid, positions
+from foveate.ops.shapes import TileGrid, positions, query_offset
+from foveate.ops.skip import Skip
 from foveate.ops.tile import default_scale
 
 
@@ -116,13 +118,34 @@ def block_sparse_reference(
     softcap: float | None,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
+    skip: Skip | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse` as dense attention under the layout's mask of pairs."""
     s = logits(q, k, scale, bias, softcap)
     seen = visible_pairs(q, k, mask, is_causal, q_pos, k_pos)
     seen = seen & expand_layout(layout, q.shape[1]).to(q.device)
+    if skip is not None:
+        seen = without_skipped(s, seen, layout, skip)
     out, lse = softmax_rows(s, seen, v)
     return out.to(q.dtype), lse
+
+
+def without_skipped(s: Tensor, seen: Tensor, layout: BlockLayout, skip: Skip) -> Tensor:
+    """The pairs that stay when blocks are skipped, row group by row group and block by block."""
+    (lq, lk), bk, (threshold, rows) = layout.lengths, layout.block[1], skip
+    s = s.masked_fill(~seen, -math.inf)
+    stay = torch.zeros_like(seen.expand_as(s))
+    edges = range(-(query_offset(lq, lk) % rows), lq, rows)
+    for group in (slice(max(lo, 0), min(lo + rows, lq)) for lo in edges):
+        for b, h in product(range(s.shape[0]), range(s.shape[1])):
+            running = torch.full_like(s[b, h, group, 0], -math.inf)
+            for lo in range(0, lk, bk):
+                local = s[b, h, group, lo : lo + bk].amax(-1)
+                gaps = [x - y for x, y in zip(local, running, strict=True) if x > -math.inf]
+                if gaps and max(gaps) > -threshold:
+                    stay[b, h, group, lo : lo + bk] = True
+                    running = torch.maximum(running, local)
+    return seen & stay
 
 
 def gather_reference(

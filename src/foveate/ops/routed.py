@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.layout import BlockLayout
-from foveate.ops.mask import Mask, causal
+from foveate.ops.mask import Mask, with_causal
 from foveate.ops.merge import merge
 from foveate.ops.shapes import Shape, check_qkv, query_offset
 from foveate.ops.tile import attend_tile, default_scale, recomputed
@@ -45,7 +45,7 @@ def routed_torch(
     results meet by their lse. Memory O(L·D + entries of the layout), under autograd O(entries·D).
     """
     shape = check_qkv(q, k, v)
-    rule = mask if not is_causal else (causal() if mask is None else mask & causal())
+    rule = with_causal(mask, is_causal)
     factor = default_scale(scale, shape.dim)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(shape.batch * shape.q_heads * shape.q_len, shape.v_dim, dtype=wide)
