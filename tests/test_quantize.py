@@ -133,9 +133,40 @@ def test_groups_do_not_touch_each_other():
     assert torch.equal(back(x, 4, 16)[1][:, :16], back(loud, 4, 16)[1][:, :16])
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tile", [(8, 1), (16, 1), (2, 8), (4, 40), (1, 8)])
+def test_a_tile_is_a_group(tile, bits):
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 40, generator=make) * torch.linspace(0.1, 9, 40)
+    packed, y = back(x, bits, tile)
+    tokens, channels = tile
+    assert packed.scale.shape == packed.zero.shape == (2, 16 // tokens, 40 // channels)
+    assert packed.codes.shape == (2, 16, 40 * bits // 8)
+    for lo in range(0, 16, tokens):
+        for left in range(0, 40, channels):
+            part = (..., slice(lo, lo + tokens), slice(left, left + channels))
+            # The same numbers as one row of channels that form a group.
+            row = x[part].flatten(1)
+            assert torch.equal(y[part].flatten(1), back(row, bits, row.shape[1])[1])
+
+
+def test_one_loud_channel_costs_the_others_nothing_in_groups_of_tokens():
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    loud = x.clone()
+    loud[:, 3] *= 100
+    rest = [c for c in range(16) if c != 3]
+    assert torch.equal(back(x, 2, (32, 1))[1][:, rest], back(loud, 2, (32, 1))[1][:, rest])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"bits": 4, "group": (3, 8)},
+            r"group must divide the tokens, got groups of 3 .*\(2, 40\)",
+        ),
+        ({"bits": 4, "group": (2, 7)}, "group must divide the 40 channels, got 7"),
+        ({"bits": 4, "group": (0, 8)}, "group must be at least 1, got 0"),
         ({"bits": 5, "group": 8}, "bits must be one of"),
         ({"bits": 4, "group": 7}, "group must divide the 40 channels, got 7"),
         ({"bits": 4, "group": 8, "clip": 0.0}, "clip must be"),

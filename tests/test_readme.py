@@ -41,4 +41,6 @@ def test_every_command_the_readme_names_exists():
     known = set(get_command(app).commands)
     text = README.read_text(encoding="utf-8")
     named = set(re.findall(r"foveate (?:--plugin \S+ )?([a-z]+)", text))
-    assert named & known and {"compare", "audit", "list", "show", "papers", "model"} <= named
+    assert (
+        named & known and {"compare", "audit", "doctor", "list", "show", "papers", "model"} <= named
+    )

@@ -291,6 +291,28 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor() -> None:
+    """What this installation runs on and whether it computes right; exit code 1 if it does not."""
+    from foveate.bench import doctor as examination
+    from foveate.report.terminal import grid
+
+    out.print(grid(("this installation", ""), list(examination.facts().items())))
+    checks = list(examination.checks())
+    lines = [
+        ("yes" if c.passed else "NO", c.name, f"{c.error:.1e}", f"{c.bound:.0e}", c.failure)
+        for c in checks
+    ]
+    out.print(grid(("sound", "primitive", "error", "bound", "failure"), lines))
+    seconds, ratio = examination.dense_speed()
+    out.print(
+        f"dense causal attention of 2,048 tokens: {seconds * 1e3:.0f} ms, "
+        f"{ratio:.2f}× as fast as PyTorch's own"
+    )
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Paired timings on this machine.")
 app.add_typer(bench_app, name="bench")
 

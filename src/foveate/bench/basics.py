@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from foveate import ops
 from foveate.attention.base import Call
 from foveate.bench.peak import prefill_bytes
 from foveate.bench.runs import body
+from foveate.bench.timing import paired
 from foveate.hf.attach import attach
 from foveate.registry import create
 
@@ -33,27 +32,6 @@ class Line:
     figure: str
     bar: str
     met: bool
-
-
-def paired(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of a and of b and the median ratio a / b over interleaved rounds."""
-    a(), b()
-    times = []
-    for index in range(rounds):
-        first, second = (a, b) if index % 2 == 0 else (b, a)
-        one, two = _seconds(first), _seconds(second)
-        times.append((one, two) if index % 2 == 0 else (two, one))
-    return (
-        median(x for x, _ in times),
-        median(y for _, y in times),
-        median(x / y for x, y in times),
-    )
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def layer_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:

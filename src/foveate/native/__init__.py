@@ -4,6 +4,6 @@ The libraries are built with the package: one for each instruction set, chosen w
 `FOVEATE_ISA` (avx512, avx2, portable, none) overrides the choice; "none" switches them off.
 """
 
-from foveate.native.loader import isa, kernels
+from foveate.native.loader import HOW_TO_GET, Kernels, built, isa, kernels, runnable
 
-__all__ = ["isa", "kernels"]
+__all__ = ["HOW_TO_GET", "Kernels", "built", "isa", "kernels", "runnable"]

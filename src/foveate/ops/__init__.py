@@ -6,7 +6,9 @@ last Lq positions. A row that sees no key gives 0 and lse -inf.
 """
 
 from foveate.ops.api import attend, block_sparse, gather
+from foveate.ops.attend_quantized import attend_quantized
 from foveate.ops.backend import backend
+from foveate.ops.elementwise_scan import elementwise_scan
 from foveate.ops.grids import disc, neighborhood, radial, strided
 from foveate.ops.hadamard import hadamard
 from foveate.ops.layout import (
@@ -17,11 +19,14 @@ from foveate.ops.layout import (
     full_layout,
     visible_pairs,
 )
+from foveate.ops.linear_attention import linear_attention_global
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
 from foveate.ops.merge import merge
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
+from foveate.ops.prefix_softmax import prefix_softmax_gate
 from foveate.ops.quantize import Quantized, dequantize, quantize, quantized_bytes
 from foveate.ops.rope import rope, unrope
+from foveate.ops.scan import scan
 from foveate.ops.scores import block_mass, pool_blocks, token_scores
 from foveate.ops.select import force, threshold, top_k, top_p
 from foveate.ops.shapes import TileGrid, check_block, check_qkv
@@ -37,6 +42,7 @@ __all__ = [
     "Softmax",
     "TileGrid",
     "attend",
+    "attend_quantized",
     "backend",
     "block_mass",
     "block_sparse",
@@ -48,6 +54,7 @@ __all__ = [
     "dequantize",
     "disc",
     "documents",
+    "elementwise_scan",
     "force",
     "from_map",
     "from_mask",
@@ -56,14 +63,17 @@ __all__ = [
     "grouped_logits",
     "groups",
     "hadamard",
+    "linear_attention_global",
     "merge",
     "neighborhood",
     "padding",
     "pool_blocks",
+    "prefix_softmax_gate",
     "quantize",
     "quantized_bytes",
     "radial",
     "rope",
+    "scan",
     "sinks",
     "strided",
     "threshold",

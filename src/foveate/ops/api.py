@@ -10,13 +10,15 @@ from torch import Tensor
 from foveate.ops import reference
 from foveate.ops.attend import attend_torch
 from foveate.ops.backend import current
-from foveate.ops.block_sparse import block_sparse_torch, check_layout
-from foveate.ops.gather import check_indices, gather_torch
+from foveate.ops.block_sparse import Tiles, check_layout
+from foveate.ops.gather import check_indices, gather_native, gather_torch
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask
-from foveate.ops.normalizers import Normalizer, normalizer_of
+from foveate.ops.normalizers import Normalizer, Softmax, normalizer_of
+from foveate.ops.prefill import attend_native, block_sparse_native
 from foveate.ops.routed import routed_torch
 from foveate.ops.shapes import Shape, check_causal, check_qkv
+from foveate.ops.skip import Skip, check_skip, skipped
 from foveate.ops.tile import check_bias
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
         causal: bool
         q_pos: Tensor | None
         k_pos: Tensor | None
+
+    class _Sparse(_Masked, total=False):
+        skip: Skip | tuple[float, int] | None
 
     class _Dense(_Masked, total=False):
         normalizer: str | Normalizer
@@ -103,6 +108,12 @@ def attend(
     check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
     _check_options(shape, softcap, mask, q_pos, k_pos)
     rule = normalizer_of(normalizer)
+    if isinstance(rule, Softmax) and bias is None and k_pos is None:
+        served = attend_native(
+            q, k, v, mask=mask, is_causal=causal, scale=scale, softcap=softcap, q_pos=q_pos
+        )
+        if served is not None:
+            return served if return_lse else served[0]
     run = reference.attend_reference if current() == "reference" else attend_torch
     out, lse = run(
         q,
@@ -129,7 +140,7 @@ def block_sparse(
     layout: BlockLayout,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_Masked],
+    **options: Unpack[_Sparse],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def block_sparse(
@@ -139,7 +150,7 @@ def block_sparse(
     layout: BlockLayout,
     *,
     return_lse: Literal[False] = ...,
-    **options: Unpack[_Masked],
+    **options: Unpack[_Sparse],
 ) -> Tensor: ...
 def block_sparse(
     q: Tensor,
@@ -154,13 +165,15 @@ def block_sparse(
     softcap: float | None = None,
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
+    skip: Skip | tuple[float, int] | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact softmax attention over the key blocks a layout chose; memory O(L·D + blocks).
 
     Shapes and options as in `attend`; `layout` lists key blocks per query block, one list per
     query head, per kv head or for all. `mask` and `causal` apply inside the blocks; the layout's
-    own `partial`, if it has one, says where they can matter and must then fit them.
+    own `partial`, if it has one, says where they can matter and must then fit them. `skip`
+    (threshold, rows) also leaves out blocks that turn out not to matter: see `Skip`.
     """
     shape = check_qkv(q, k, v)
     check_causal(shape.q_len, shape.k_len, causal and q_pos is None)
@@ -169,17 +182,32 @@ def block_sparse(
     options: dict[str, Any] = {"mask": mask, "is_causal": causal, "scale": scale}
     options["softcap"] = softcap
     at: dict[str, Any] = {"bias": check_bias(bias, shape), "q_pos": q_pos, "k_pos": k_pos}
-    if current() == "reference":
-        out, lse = reference.block_sparse_reference(q, k, v, layout, **options, **at)
-    elif layout.block[0] == 1 < shape.q_len and all(x is None for x in at.values()):
-        out, lse = routed_torch(q, k, v, layout, **options)
-    elif layout.block[0] == shape.q_len == 1 and all(x is None for x in (mask, q_pos, k_pos)):
+    rule = check_skip(skip, layout)
+    plain = all(x is None for x in at.values())
+    if shape.q_len == 1 and plain and mask is None and rule is None:
         # The last query sees every key: its list can be gathered as it is.
-        idx, listed = layout.indices.long(), layout.filled
-        rest = {"scale": scale, "bias": at["bias"], "softcap": softcap}
-        out, lse = gather_torch(q, k, v, idx, listed, width=layout.block[1], **rest)
+        idx, listed = layout.indices, layout.filled
+        found = gather(
+            *(q, k, v, idx, listed),
+            width=layout.block[1],
+            scale=scale,
+            softcap=softcap,
+            return_lse=True,
+        )
+        return found if return_lse else found[0]
+    if bias is None and k_pos is None:
+        served = block_sparse_native(q, k, v, layout, **options, q_pos=q_pos, skip=rule)
+        if served is not None:
+            return served if return_lse else served[0]
+    if current() == "reference":
+        out, lse = reference.block_sparse_reference(q, k, v, layout, **options, **at, skip=rule)
+        return (out, lse) if return_lse else out
+    if rule is not None:
+        layout = skipped(Tiles(q, k, v, layout, **options, **at), rule)
+    if layout.block[0] == 1 < shape.q_len and plain:
+        out, lse = routed_torch(q, k, v, layout, **options)
     else:
-        out, lse = block_sparse_torch(q, k, v, layout, **options, **at)
+        out, lse = Tiles(q, k, v, layout, **options, **at).run()
     return (out, lse) if return_lse else out
 
 
@@ -227,6 +255,11 @@ def gather(
     shape = check_qkv(q, k, v)
     check_indices(idx, valid, shape, width)
     _check_options(shape, softcap)
+    if bias is None:
+        options: dict[str, Any] = {"width": width, "scale": scale, "softcap": softcap}
+        served = gather_native(q, k, v, idx, valid, **options)
+        if served is not None:
+            return served if return_lse else served[0]
     run = reference.gather_reference if current() == "reference" else gather_torch
     out, lse = run(
         q,

@@ -5,11 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.native import decode
+from foveate.ops.backend import native_for
 from foveate.ops.shapes import Shape, check_block, check_qkv
 from foveate.ops.tile import attend_tile, default_scale, recomputed
 
-# Elements of gathered keys per step.
-_CHUNK = 1 << 20
+# Elements of gathered keys per step; queries of one list from which on a matrix product is faster.
+_CHUNK, _MANY = 1 << 20, 128
+
+
+def gather_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    valid: Tensor | None,
+    *,
+    width: int,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`gather` by the CPU kernel, or None where it cannot serve the call."""
+    found = native_for(q, k, v)
+    if found is None or (idx.shape[2] == 1 and q.shape[2] >= _MANY):
+        return None
+    factor = default_scale(scale, q.shape[3])
+    return decode.gather(found, q, k, v, idx, valid, width=width, scale=factor, softcap=softcap)
 
 
 def gather_torch(

@@ -21,6 +21,9 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Bounds = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Runs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# Positions below and above all others.
+_FAR = (-(1 << 40), 1 << 40)
+
 
 def _unknown(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of a mask that knows nothing of whole tiles: every tile must be looked into."""
@@ -79,7 +82,12 @@ class Mask:
             return ~every, ~some
 
         return Mask(
-            lambda *at: ~self.predicate(*at), bounds, self.batch, self.heads, f"~{self.name}"
+            lambda *at: ~self.predicate(*at),
+            bounds,
+            self.batch,
+            self.heads,
+            f"~{self.name}",
+            None if self.runs is None else partial(_outside, self.runs),
         )
 
     def take(self, row: int, slots: Tensor | None = None) -> Mask:
@@ -152,13 +160,31 @@ def _joined_runs(left: Runs | None, right: Runs | None, both: bool) -> Runs | No
         x, y = one(b, h, q_pos), two(b, h, q_pos)
         lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         x, y = (z.expand(*lead, *z.shape[-2:]) for z in (x, y))
-        if not both:
-            return torch.cat((x, y), -2)
-        x, y = x[..., :, None, :], y[..., None, :, :]
-        first, end = torch.maximum(x[..., 0], y[..., 0]), torch.minimum(x[..., 1], y[..., 1])
-        return torch.stack((first, end), -1).flatten(-3, -2)
+        return _common(x, y) if both else torch.cat((x, y), -2)
 
     return runs
+
+
+def _common(x: Tensor, y: Tensor) -> Tensor:
+    """What every pair of runs of x and y has in common: (…, n, 2), (…, m, 2) -> (…, n * m, 2)."""
+    x, y = x[..., :, None, :], y[..., None, :, :]
+    first, end = torch.maximum(x[..., 0], y[..., 0]), torch.minimum(x[..., 1], y[..., 1])
+    return torch.stack((first, end), -1).flatten(-3, -2)
+
+
+def _outside(runs: Runs, b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
+    """Runs of the positions in none of a mask's runs."""
+    gaps = None
+    for run in runs(b, h, q_pos).unbind(-2):
+        # An empty run leaves out nothing, wherever it lies.
+        first, end = run[..., 0], torch.maximum(run[..., 0], run[..., 1])
+        before = torch.stack((torch.full_like(first, _FAR[0]), first), -1)
+        after = torch.stack((end, torch.full_like(end, _FAR[1])), -1)
+        both = torch.stack((before, after), -2)
+        gaps = both if gaps is None else _common(gaps, both)
+    if gaps is None:
+        raise ValueError("a mask with runs needs at least one run")
+    return gaps
 
 
 def _run(first: Tensor | int, end: Tensor | int, q_pos: Tensor) -> Tensor:
@@ -174,7 +200,7 @@ def causal() -> Mask:
         lambda b, h, q, k: k <= q,
         lambda b, h, q_lo, q_hi, k_lo, k_hi: (k_lo <= q_hi, k_hi <= q_lo),
         name="causal()",
-        runs=lambda b, h, q: _run(torch.iinfo(torch.int64).min // 2, q + 1, q),
+        runs=lambda b, h, q: _run(_FAR[0], q + 1, q),
     )
 
 

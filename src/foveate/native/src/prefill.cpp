@@ -24,26 +24,19 @@ class Worker {
     const int64_t kv = task.head / (c.q_heads / c.kv_heads);
     const int most = chunk_keys(c);
     const List list = list_of(c, task.b, task.head, task.tile);
-    int kept = 0, keys = 0;
-    const auto flush = [&] {
-      if (kept > 0) advance(c, space, tiles.data(), used, segments, kept, task.b, kv);
-      kept = keys = 0;
-    };
     for (int64_t i = 0; i < list.blocks; ++i) {
       const int32_t j = list.indices == nullptr ? static_cast<int32_t>(i) : list.indices[i];
-      int32_t at = j * c.block_k;
-      const int32_t end = std::min(at + c.block_k, c.k_len);
-      if (!seen(at, end)) continue;
-      while (at < end) {
-        const int32_t count = std::min(end - at, most - keys);
-        segments[kept++] = Segment{at, count, list.tile(i), at - j * c.block_k};
-        keys += count;
+      const int32_t start = j * c.block_k, end = std::min(start + c.block_k, c.k_len);
+      if (!seen(start, end)) continue;
+      for (int32_t at = start; at < end;) {
+        const int32_t count = std::min(end - at, most - space.chunk.count);
+        space.add(c, task.b, kv, at, count, list.mask(c, i, at - start));
         at += count;
-        if (keys == most) flush();
+        if (space.chunk.count == most) advance(c, space, tiles.data(), used);
       }
-      if (c.skip_rows > 0) flush();
+      if (c.skip_rows > 0) advance(c, space, tiles.data(), used);
     }
-    flush();
+    advance(c, space, tiles.data(), used);
     finish(task);
   }
 
@@ -105,7 +98,6 @@ class Worker {
   std::vector<Lanes> tiles;
   int first_row = 0, rows = 0, used = 0;
   int32_t low[kMaxRuns], high[kMaxRuns];  // hull of the runs of all rows
-  Segment segments[kChunk];
 };
 
 std::vector<Task> tasks_of(const PrefillCall& c) {

@@ -39,7 +39,7 @@ struct PrefillCall {
   float skip;            // how far below the running maximum a block must stay, natural log
 };
 
-constexpr int kChunk = 64;       // most keys, and so segments, of a chunk
+constexpr int kChunk = 64;       // most keys of a chunk
 constexpr int kState = 1 << 15;  // numbers of queries that a task keeps at hand
 constexpr int kMaxRuns = 4;
 
@@ -53,7 +53,11 @@ inline int chunk_keys(const PrefillCall& c) {
 struct List {
   const int32_t *indices, *tiles;  // null: all of them; no masks
   int64_t blocks;
-  int32_t tile(int64_t i) const { return tiles == nullptr ? -1 : tiles[i]; }
+  // The masks of the keys of entry i, from its key `from` on; null: none.
+  const uint8_t* mask(const PrefillCall& c, int64_t i, int64_t from) const {
+    if (tiles == nullptr || tiles[i] < 0) return nullptr;
+    return c.tiles + (int64_t{tiles[i]} * c.block_k + from) * c.block_q;
+  }
 };
 
 inline List list_of(const PrefillCall& c, int64_t b, int head, int64_t block) {
@@ -65,11 +69,14 @@ inline List list_of(const PrefillCall& c, int64_t b, int head, int64_t block) {
           c.counts[b * c.counts_batch + h * c.counts_head + block]};
 }
 
-// Keys that lie in a row, and the tile that masks them.
-struct Segment {
-  int32_t start, count;
-  int32_t tile;       // -1: none
-  int32_t tile_from;  // first key of the segment inside of its block
+// Keys, ascending, that some tiles of queries meet together.
+struct Chunk {
+  int32_t* key;           // (count)
+  const float** k;        // their rows in float32
+  const float** v;
+  const uint8_t** mask;   // by row of the query block, 1 = visible; null: no mask
+  int count;
+  bool masked;            // whether any has a mask
 };
 
 // A tile of queries: up to kVectors vectors of lanes with their running softmax.
@@ -85,26 +92,24 @@ struct Lanes {
   int32_t inner[kMaxRuns], outer[kMaxRuns];  // keys that all lanes see: [inner, outer)
 };
 
+// Sets scores s (end - from, lanes) of keys that a lane does not see to -inf.
 template <int N>
-void hide(const PrefillCall& c, const Lanes& lanes, const Segment& seg, float* s) {
+void hide(const PrefillCall& c, const Lanes& lanes, const Chunk& chunk, int from, int end,
+          float* s) {
   const IntVec none = splat(int32_t{0});
-  for (int j = 0; j < seg.count; ++j) {
-    const IntVec key = splat(seg.start + j);
+  for (int j = from; j < end; ++j, s += N * kWidth) {
+    const IntVec key = splat(chunk.key[j]);
     for (int n = 0; n < N; ++n) {
       IntVec seen = none;
       for (int r = 0; r < c.run_count; ++r) {
         const int32_t* run = lanes.runs + r * 2 * N * kWidth + n * kWidth;
         seen |= (key >= load_int(run)) & (key < load_int(run + N * kWidth));
       }
-      float* at = s + (j * N + n) * kWidth;
-      store(at, seen ? load(at) : splat(-INFINITY));
+      store(s + n * kWidth, seen ? load(s + n * kWidth) : splat(-INFINITY));
     }
-    if (seg.tile >= 0) {
-      const uint8_t* tile = c.tiles + int64_t{seg.tile} * c.block_k * c.block_q;
-      tile += int64_t{seg.tile_from + j} * c.block_q;
-      for (int l = 0; l < N * kWidth; ++l)
-        if (!tile[lanes.row[l]]) s[j * N * kWidth + l] = -INFINITY;
-    }
+    if (chunk.mask[j] == nullptr) continue;
+    for (int l = 0; l < N * kWidth; ++l)
+      if (!chunk.mask[j][lanes.row[l]]) s[l] = -INFINITY;
   }
 }
 
@@ -166,57 +171,46 @@ void softmax(const PrefillCall& c, const Lanes& lanes, int count, float* s) {
   }
 }
 
-// The keys and values of a chunk in float32: where they lie, or copies.
-struct Staged {
-  const float *k, *v;
-  int64_t k_stride, v_stride;
+// The part [from, end) of a chunk beyond which no lane sees a key, and whether all lanes see it all.
+struct Part {
+  int from, end;
+  bool whole;
 };
 
+inline Part part_of(const PrefillCall& c, const Lanes& lanes, const Chunk& chunk) {
+  const int32_t first = chunk.key[0], last = chunk.key[chunk.count - 1];
+  int32_t low = last + 1, high = first;
+  for (int r = 0; r < c.run_count; ++r) {
+    const int32_t a = std::max(lanes.low[r], first), z = std::min(lanes.high[r], last + 1);
+    if (a >= z) continue;
+    low = std::min(low, a);
+    high = std::max(high, z);
+  }
+  if (low >= high) return {0, 0, false};
+  int32_t* const stop = chunk.key + chunk.count;
+  Part part{int(std::lower_bound(chunk.key, stop, low) - chunk.key),
+            int(std::lower_bound(chunk.key, stop, high) - chunk.key), false};
+  for (int r = 0; r < c.run_count && part.from < part.end; ++r)
+    part.whole |= lanes.inner[r] <= chunk.key[part.from] && chunk.key[part.end - 1] < lanes.outer[r];
+  part.whole &= !chunk.masked;
+  return part;
+}
+
 template <int N>
-void step(const PrefillCall& c, Lanes& lanes, const Segment* segments, const Staged* staged,
-          int count, float* s) {
-  int keys = 0;
-  int from[kChunk], length[kChunk], which[kChunk], used = 0;
-  for (int i = 0; i < count; ++i) {
-    Segment seg = segments[i];
-    int low = c.k_len, high = 0;
-    bool whole = false;
-    for (int r = 0; r < c.run_count; ++r) {
-      const int a = std::max(lanes.low[r], seg.start);
-      const int z = std::min(lanes.high[r], seg.start + seg.count);
-      if (a >= z) continue;
-      low = std::min(low, a);
-      high = std::max(high, z);
-    }
-    if (low >= high) continue;
-    Segment part{low, high - low, seg.tile, seg.tile_from + low - seg.start};
-    for (int r = 0; r < c.run_count; ++r)
-      whole |= lanes.inner[r] <= part.start && part.start + part.count <= lanes.outer[r];
-    const int skip = low - seg.start;
-    const Staged& at = staged[i];
-    scores<N>(lanes.q, at.k + skip * at.k_stride, at.k_stride, part.count, c.dim,
-              s + keys * N * kWidth);
-    if (c.softcap > 0) {
-      const float cap = c.softcap * kLog2e;
-      for (int j = keys * N; j < (keys + part.count) * N; ++j)
-        store(s + j * kWidth, cap * tanh_of(load(s + j * kWidth) * (1.0f / cap)));
-    }
-    if (!whole || seg.tile >= 0) hide<N>(c, lanes, part, s + keys * N * kWidth);
-    which[used] = i;
-    from[used] = skip;
-    length[used++] = part.count;
-    keys += part.count;
+void step(const PrefillCall& c, Lanes& lanes, const Chunk& chunk, float* s) {
+  const Part part = part_of(c, lanes, chunk);
+  const int count = part.end - part.from;
+  if (count <= 0) return;
+  scores<N>(lanes.q, chunk.k + part.from, count, c.dim, s);
+  if (c.softcap > 0) {
+    const float cap = c.softcap * kLog2e;
+    for (int j = 0; j < count * N; ++j)
+      store(s + j * kWidth, cap * tanh_of(load(s + j * kWidth) * (1.0f / cap)));
   }
-  if (keys == 0) return;
-  if (c.skip_rows > 0 && !wanted<N>(c, lanes, keys, s)) return;
-  softmax<N>(c, lanes, keys, s);
-  keys = 0;
-  for (int i = 0; i < used; ++i) {
-    const Staged& at = staged[which[i]];
-    values<N>(s + keys * N * kWidth, at.v + from[i] * at.v_stride, at.v_stride, length[i], c.v_dim,
-              lanes.out);
-    keys += length[i];
-  }
+  if (!part.whole) hide<N>(c, lanes, chunk, part.from, part.end, s);
+  if (c.skip_rows > 0 && !wanted<N>(c, lanes, count, s)) return;
+  softmax<N>(c, lanes, count, s);
+  values<N>(s, chunk.v + part.from, count, c.v_dim, lanes.out);
 }
 
 // Memory of some lane tiles and of one chunk; `lanes` is the number of lanes of all tiles.
@@ -224,13 +218,40 @@ class Workspace {
  public:
   Workspace(const PrefillCall& c, int lanes)
       : memory_(4 * (size_t(lanes) * (c.dim + c.v_dim + 3 + 2 * c.run_count) +
-                     chunk_keys(c) * (size_t{kVectors} * kWidth + c.dim + c.v_dim))) {
-    float* at = memory_.as<float>();
+                     chunk_keys(c) * (size_t{kVectors} * kWidth + c.dim + c.v_dim + 1)) +
+                chunk_keys(c) * 3 * sizeof(void*)) {
+    const size_t keys = chunk_keys(c);
+    const auto rows = memory_.as<const float*>();
+    chunk.k = rows;
+    chunk.v = rows + keys;
+    chunk.mask = reinterpret_cast<const uint8_t**>(rows + 2 * keys);
+    float* at = reinterpret_cast<float*>(rows + 3 * keys);
     const auto take = [&at](size_t count) { return std::exchange(at, at + count); };
-    scores = take(size_t(chunk_keys(c)) * kVectors * kWidth);
-    k_copy = take(size_t(chunk_keys(c)) * c.dim);
-    v_copy = take(size_t(chunk_keys(c)) * c.v_dim);
+    scores = take(keys * kVectors * kWidth);
+    k_copy = take(keys * c.dim);
+    v_copy = take(keys * c.v_dim);
+    chunk.key = reinterpret_cast<int32_t*>(take(keys));
     lanes_from = at;
+    clear();
+  }
+
+  void clear() {
+    chunk.count = 0;
+    chunk.masked = false;
+  }
+
+  // Adds `count` keys of batch row `b` and kv head `kv`; `mask` holds their masks, or is null.
+  void add(const PrefillCall& c, int64_t b, int64_t kv, int32_t start, int count,
+           const uint8_t* mask) {
+    for (int32_t key = start; key < start + count; ++key) {
+      const int i = chunk.count++;
+      chunk.key[i] = key;
+      chunk.k[i] = row(c.k, c, b, kv, key, c.dim, k_copy + size_t(i) * c.dim);
+      chunk.v[i] = row(c.v, c, b, kv, key, c.v_dim, v_copy + size_t(i) * c.v_dim);
+      chunk.mask[i] = mask;
+      if (mask != nullptr) mask += c.block_q;
+    }
+    chunk.masked |= mask != nullptr;
   }
 
   // The memory of a tile of `vectors` vectors behind `lane` lanes of other tiles.
@@ -251,11 +272,21 @@ class Workspace {
     }
   }
 
-  float *scores, *k_copy, *v_copy;
+  float* scores;
+  Chunk chunk;
 
  private:
+  // A row in float32: where it lies, or a copy.
+  static const float* row(const Tensor& x, const PrefillCall& c, int64_t b, int64_t kv, int32_t key,
+                          int32_t dim, float* copy) {
+    const int64_t at = b * x.batch + kv * x.head + key * x.row;
+    if (c.dtype == kFloat32) return static_cast<const float*>(x.data) + at;
+    numbers(x, c.dtype, at, dim, copy);
+    return copy;
+  }
+
   Scratch memory_;
-  float* lanes_from;
+  float *k_copy, *v_copy, *lanes_from;
 };
 
 // Puts a query and its runs into a lane; its softmax is left as it is.
@@ -300,33 +331,15 @@ inline void settle(const PrefillCall& c, const float* sums, int64_t stride, floa
       empty ? -INFINITY : top * kLn2 + std::log(total);
 }
 
-// All tiles meet a chunk of keys, given by segments, of batch row `b` and kv head `kv`.
-inline void advance(const PrefillCall& c, const Workspace& space, Lanes* tiles, int tile_count,
-                    const Segment* segments, int count, int b, int64_t kv) {
-  Staged staged[kChunk];
-  int copied = 0;
-  for (int i = 0; i < count; ++i) {
-    const Segment& seg = segments[i];
-    const int64_t k_at = b * c.k.batch + kv * c.k.head + seg.start * c.k.row;
-    const int64_t v_at = b * c.v.batch + kv * c.v.head + seg.start * c.v.row;
-    if (c.dtype == kFloat32) {
-      staged[i] = Staged{static_cast<const float*>(c.k.data) + k_at,
-                         static_cast<const float*>(c.v.data) + v_at, c.k.row, c.v.row};
-      continue;
-    }
-    staged[i] = Staged{space.k_copy + copied * c.dim, space.v_copy + copied * c.v_dim, c.dim,
-                       c.v_dim};
-    for (int j = 0; j < seg.count; ++j, ++copied) {
-      numbers(c.k, c.dtype, k_at + j * c.k.row, c.dim, space.k_copy + copied * c.dim);
-      numbers(c.v, c.dtype, v_at + j * c.v.row, c.v_dim, space.v_copy + copied * c.v_dim);
-    }
-  }
-  for (int t = 0; t < tile_count; ++t) {
+// All tiles meet the chunk of the workspace.
+inline void advance(const PrefillCall& c, Workspace& space, Lanes* tiles, int count) {
+  for (int t = 0; t < count && space.chunk.count > 0; ++t) {
     Lanes& lanes = tiles[t];
-    if (lanes.vectors == 3) step<3>(c, lanes, segments, staged, count, space.scores);
-    if (lanes.vectors == 2) step<2>(c, lanes, segments, staged, count, space.scores);
-    if (lanes.vectors == 1) step<1>(c, lanes, segments, staged, count, space.scores);
+    if (lanes.vectors == 3) step<3>(c, lanes, space.chunk, space.scores);
+    if (lanes.vectors == 2) step<2>(c, lanes, space.chunk, space.scores);
+    if (lanes.vectors == 1) step<1>(c, lanes, space.chunk, space.scores);
   }
+  space.clear();
 }
 
 }  // namespace foveate

@@ -79,8 +79,8 @@ class Router {
     const int32_t end = std::min((j + 1) * c.block_k, c.k_len);
     const int64_t kv = span.head / (c.q_heads / c.kv_heads);
     for (int32_t at = j * c.block_k; at < end; at += chunk_keys(c)) {
-      const Segment segment{at, std::min(end - at, chunk_keys(c)), -1, 0};
-      advance(c, space, &t, 1, &segment, 1, span.b, kv);
+      space.add(c, span.b, kv, at, std::min(end - at, chunk_keys(c)), nullptr);
+      advance(c, space, &t, 1);
     }
     for (int l = 0; l < count; ++l) {
       const int at = rows[l] - span.first;

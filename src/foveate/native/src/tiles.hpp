@@ -18,7 +18,9 @@ constexpr int kBroadcasts = 4, kVectors = 2;
 #endif
 
 template <int K, int N>
-inline void scores_tile(const float* q, const float* k, int64_t stride, int dim, float* s) {
+inline void scores_tile(const float* q, const float* const* rows, int dim, float* s) {
+  const float* key[K];
+  for (int i = 0; i < K; ++i) key[i] = rows[i];
   Vec acc[K][N] = {};
   for (int d = 0; d < dim; ++d) {
     Vec lane[N];
@@ -26,49 +28,50 @@ inline void scores_tile(const float* q, const float* k, int64_t stride, int dim,
     for (int n = 0; n < N; ++n) lane[n] = load(q + (int64_t{d} * N + n) * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i) {
-      const Vec key = splat(k[i * stride + d]);
+      const Vec number = splat(key[i][d]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[i][n] += key * lane[n];
+      for (int n = 0; n < N; ++n) acc[i][n] += number * lane[n];
     }
   }
   for (int i = 0; i < K; ++i)
     for (int n = 0; n < N; ++n) store(s + (i * N + n) * kWidth, acc[i][n]);
 }
 
-// s (count, lanes) = keys (count, dim) times q (dim, lanes).
+// s (count, lanes) = key rows (count, dim) times q (dim, lanes).
 template <int N>
-void scores(const float* q, const float* k, int64_t stride, int count, int dim, float* s) {
+void scores(const float* q, const float* const* rows, int count, int dim, float* s) {
   int i = 0;
   for (; i + kBroadcasts <= count; i += kBroadcasts)
-    scores_tile<kBroadcasts, N>(q, k + i * stride, stride, dim, s + i * N * kWidth);
-  for (; i < count; ++i) scores_tile<1, N>(q, k + i * stride, stride, dim, s + i * N * kWidth);
+    scores_tile<kBroadcasts, N>(q, rows + i, dim, s + i * N * kWidth);
+  for (; i < count; ++i) scores_tile<1, N>(q, rows + i, dim, s + i * N * kWidth);
 }
 
 template <int K, int N>
-inline void values_tile(const float* p, const float* v, int64_t stride, int count, float* out) {
+inline void values_tile(const float* p, const float* const* rows, int from, int count, float* out) {
   Vec acc[K][N];
   for (int i = 0; i < K; ++i)
     for (int n = 0; n < N; ++n) acc[i][n] = load(out + (i * N + n) * kWidth);
   for (int j = 0; j < count; ++j) {
+    const float* row = rows[j] + from;
     Vec lane[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) lane[n] = load(p + (j * N + n) * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i) {
-      const Vec value = splat(v[j * stride + i]);
+      const Vec number = splat(row[i]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[i][n] += value * lane[n];
+      for (int n = 0; n < N; ++n) acc[i][n] += number * lane[n];
     }
   }
   for (int i = 0; i < K; ++i)
     for (int n = 0; n < N; ++n) store(out + (i * N + n) * kWidth, acc[i][n]);
 }
 
-// out (dim, lanes) += values (count, dim) transposed times p (count, lanes); dim % 8 == 0.
+// out (dim, lanes) += value rows (count, dim) transposed times p (count, lanes); dim % 8 == 0.
 template <int N>
-void values(const float* p, const float* v, int64_t stride, int count, int dim, float* out) {
+void values(const float* p, const float* const* rows, int count, int dim, float* out) {
   for (int i = 0; i < dim; i += kBroadcasts)
-    values_tile<kBroadcasts, N>(p, v + i, stride, count, out + i * N * kWidth);
+    values_tile<kBroadcasts, N>(p, rows, i, count, out + i * N * kWidth);
 }
 
 }  // namespace foveate

@@ -1,0 +1,66 @@
+"""Softmax attention of few queries over quantised keys and values, by the CPU kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from foveate.native.decode import QueryArg, query_arg, results
+from foveate.native.loader import Kernels, Record, TensorArg
+
+BITS = (2, 4, 8)
+"""Widths of codes that the kernel reads."""
+
+
+class PackedArg(Record):
+    """Codes with their scales and zeros; mirrors Packed in quantized.cpp."""
+
+    _fields_ = (
+        *((name, TensorArg) for name in ("codes", "scale", "zero")),
+        *((name, ctypes.c_int32) for name in ("bits", "tokens", "channels")),
+    )
+
+    @classmethod
+    def of(
+        cls, parts: tuple[Tensor, Tensor, Tensor], bits: int, tile: tuple[int, int]
+    ) -> PackedArg:
+        """The argument for (codes, scale, zero), each 4-D; the tensors must outlive the call."""
+        return cls(*(TensorArg.of(x) for x in parts), bits, *tile)
+
+
+class _Call(Record):
+    """Mirrors QuantizedCall in quantized.cpp."""
+
+    _fields_ = (("queries", QueryArg), ("k", PackedArg), ("v", PackedArg))
+
+
+def serves(bits: int, tile: tuple[int, int], dim: int) -> bool:
+    """Whether the kernel reads codes of a head dim in groups of (tokens, channels)."""
+    tokens, channels = tile
+    by_token = tokens == 1 and (channels == dim or channels % 32 == 0)
+    by_channel = channels == 1 and tokens % 16 == 0
+    return bits in BITS and dim % 16 == 0 and dim <= 1024 and (by_token or by_channel)
+
+
+def attend_quantized(
+    found: Kernels,
+    q: Tensor,
+    k: PackedArg,
+    v: PackedArg,
+    runs: Tensor | None,
+    *,
+    kv: tuple[int, int],
+    v_dim: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; kv = (heads, length) of the keys.
+
+    runs as in `decode.decode`.
+    """
+    out, lse = results(q, v_dim)
+    runs = None if runs is None else runs.contiguous()
+    queries = query_arg(q, out, lse, kv, runs, scale=scale, softcap=softcap or 0.0)
+    found.call("quantized", _Call(queries, k, v))
+    return out, lse
