@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.native import tree_search as native
+from foveate.ops.backend import native_for
 from foveate.ops.shapes import check_block
 
 # Elements of gathered keys, or of scores, in one step.
@@ -33,9 +35,19 @@ def tree_search(
     """
     check_block("slots", slots)
     check_block("width", width)
-    if representative not in ("center", "first", "last"):
+    if representative not in native.REPRESENTATIVES:
         raise ValueError(f"representative must be center, first or last, got {representative!r}")
     n, rows, dim = q.shape
+    kernels = native_for(q, k)
+    if kernels is not None and dim % 8 == 0 and q.dtype == k.dtype and n and rows:
+        return native.tree_search(
+            *(kernels, q, k, lane, end),
+            slots=slots,
+            start=start,
+            width=width,
+            pos=pos,
+            representative=representative,
+        )
     step = max(1, _CHUNK // (max(rows, dim) * 2 * slots * width))
     found = []
     for lo in range(0, n, step):

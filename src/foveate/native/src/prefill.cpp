@@ -49,7 +49,9 @@ class Worker {
     for (int lane = 0; lane < count; lane += tiles[used++].vectors * kWidth) {
       Lanes& t = tiles[used];
       const int left = int(padded(count - lane)) / kWidth;
-      space.place(c, t, lane, vectors_of(left));
+      // Rows that skip together lie in one tile.
+      const bool wide = c.skip_rows > kWidth;
+      space.place(c, t, lane, wide ? std::min(left, c.skip_rows / kWidth) : vectors_of(left));
       clear(c, t);
       for (int l = 0; l < t.vectors * kWidth; ++l) {
         // Lanes past the last row repeat it; nothing of them is written.
@@ -65,14 +67,6 @@ class Worker {
         high[r] = std::max(high[r], tiles[t].high[r]);
       }
     }
-  }
-
-  // Vectors of the next tile when `left` are to come.
-  int vectors_of(int left) const {
-    // Rows that skip together lie in one tile.
-    if (c.skip_rows > kWidth) return std::min(left, c.skip_rows / kWidth);
-    // A lone vector at the end would be slow: two pairs are better than three and one.
-    return left == kVectors + 1 && kVectors > 2 ? 2 : std::min(left, kVectors);
   }
 
   // Whether a row of the task may see a key of [start, end).

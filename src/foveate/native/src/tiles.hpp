@@ -17,6 +17,13 @@ constexpr int kBroadcasts = 4, kVectors = 3;
 constexpr int kBroadcasts = 4, kVectors = 2;
 #endif
 
+// Vectors of the next tile when `left` are to come. A lone vector at the end would be slow: two
+// pairs are better than three and one.
+inline int vectors_of(int left) {
+  if (left == kVectors + 1 && kVectors > 2) return 2;
+  return left < kVectors ? left : kVectors;
+}
+
 template <int K, int N>
 inline void scores_tile(const float* q, const float* const* rows, int dim, float* s) {
   const float* key[K];
