@@ -337,6 +337,46 @@ def basics(
     out.print(grid(head, [("yes" if x.met else "NO", x.bar, x.figure, x.name) for x in lines]))
 
 
+@bench_app.command()
+def kernels(
+    sizes: Annotated[str, typer.Option(help="Like 1k,4k,8k; default: each bench's own.")] = "",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds of each trial.")] = 5,
+    only: Annotated[str, typer.Option(help="Some of the benches, like attend,decode.")] = "",
+    folder: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
+        "foveate-kernels"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of a minute.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Overwrite other results in --out.")] = False,
+) -> None:
+    """The kernels against their rivals and against the limits of this machine."""
+    from foveate.bench import kernels as bench
+    from foveate.report import kernels as page
+
+    lengths, names = bench.lengths_of(sizes), tuple(filter(None, only.split(",")))
+    settings = bench.Settings(sizes=lengths, rounds=rounds, only=names, quick=quick)
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    job = bench.KernelRun(folder, settings, command=command, fresh=fresh)
+    if job.resumed:
+        err.print(f"resuming: {job.resumed} finished lines found in {job.path}")
+    interrupted = False
+    try:
+        _walk(job)
+    except KeyboardInterrupt:
+        interrupted = True
+    job.finish()
+    path = page.write(job.data, folder / "kernels.html")
+    if markdown:
+        out.print(page.markdown(job.data), markup=False, highlight=False, soft_wrap=True)
+    else:
+        out.print(page.terminal(job.data))
+    if interrupted:
+        err.print(f"[yellow]interrupted:[/] what is finished is in {job.path}")
+        err.print("run the same command again to go on from there")
+        raise typer.Exit(130)
+    err.print(f"report: {path}")
+
+
 def main() -> None:
     """Run the command line; an error is one line unless `--debug` comes before the command."""
     try:

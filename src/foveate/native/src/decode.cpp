@@ -21,6 +21,8 @@ struct DecodeCall {
 
 namespace {
 
+constexpr int kStep = 16;  // keys whose values all channels pass over before the next keys' do
+
 // Keys or values of a chunk; what is no whole vector of float32 is copied.
 class Rows {
  public:
@@ -47,11 +49,15 @@ class Rows {
       const float* data = static_cast<const float*>(x.data) + base;
       for (int32_t i = 0; i < count; ++i) at[i] = data + keys[i] * x.row;
     }
-    // The last vector of logits is read whole.
-    for (int32_t i = count; i < padded(count); ++i) at[i] = at[count - 1];
+    // The last vector of logits is read whole. Further rows are only asked for ahead of time: those
+    // of the next chunk, where keys lie in a row.
+    const int32_t read = static_cast<int32_t>(padded(count));
+    std::fill(at + count, at + read, at[count - 1]);
+    for (int32_t i = read; i < count + kStep; ++i)
+      at[i] = copies ? at[count - 1] : at[count - 1] + (i - count + 1) * x.row;
   }
 
-  const float* at[kChunk];
+  const float* at[kChunk + kStep];
   const int64_t stride;  // of q or out: whole vectors
 
  private:
@@ -148,10 +154,12 @@ class FloatSource {
   // Adds the keys [from, to) to R rows, N vectors of channels at a time.
   template <int R, int N>
   void values_of(const float* p, int32_t from, int32_t to, float* out) {
-    if (from >= to) return;
-    int64_t d = 0;
-    for (; d + N * kWidth <= v.stride; d += N * kWidth) strip<R, N>(p, from, to, d, out + d);
-    for (; d < v.stride; d += kWidth) strip<R, 1>(p, from, to, d, out + d);
+    for (int32_t end; from < to; from = end) {
+      end = std::min(from + kStep, to);
+      int64_t d = 0;
+      for (; d + N * kWidth <= v.stride; d += N * kWidth) strip<R, N>(p, from, end, d, out + d);
+      for (; d < v.stride; d += kWidth) strip<R, 1>(p, from, end, d, out + d);
+    }
   }
 
   template <int R, int N>
@@ -166,6 +174,7 @@ class FloatSource {
       for (int r = 0; r < R; ++r) weight[r] = splat(p[r * kChunk + j]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
+        if (n * kWidth % 16 == 0) __builtin_prefetch(v.at[j + kStep] + d + n * kWidth);
         const Vec value = foveate::load(at + n * kWidth);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r][n] += weight[r] * value;

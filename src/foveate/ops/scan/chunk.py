@@ -27,12 +27,11 @@ def scan_chunk(terms: Terms, chunk: int) -> tuple[Tensor, Tensor]:
     b, heads, length, key_dim = terms.q.shape
     per_chunk = b * heads * chunk * max(key_dim, terms.v.shape[3], chunk)
     step = chunk * max(1, _SLAB // per_chunk)
-    decay, state, outs = terms.log_decay(), terms.state, []
-    for lo in range(0, length, step):
-        parts = (
-            None if x is None else x[:, :, lo : lo + step]
-            for x in (terms.q, terms.k, terms.v, decay, terms.beta)
-        )
+    state, outs = terms.state, []
+    # Split, not sliced: the gradient of every slice would be as long as the whole.
+    inputs = (terms.q, terms.k, terms.v, terms.log_decay(), terms.beta)
+    slabs = ([None] * -(-length // step) if x is None else x.split(step, 2) for x in inputs)
+    for parts in zip(*slabs, strict=True):
         out, state = recomputed(_slab, *parts, state, terms.side, terms.scale, chunk)
         outs.append(out)
     return torch.cat(outs, 2), state
@@ -55,23 +54,24 @@ def _slab(
     k, v = (_cut(x.to(wide), heads, chunk) for x in (k, v))
     decay = _cut(decay, decay.shape[1], chunk)
     if side == "value":
-        own, at = value_products((q @ k.mT).tril(), v, decay)
+        own, at = value_products((q @ k.mT).tril_(), v, decay)
         states, state = _pass(state, at.whole, k.mT @ (v * at.after))
-        out = own + (q @ states) * at.before
     else:
         products = token_products if side is None else key_products
-        weights, at = products(q if beta is None else torch.cat((q, k), 2), k, decay)
-        keys, keep = (k * at.after).mT, at.whole.mT
         if beta is None:
-            states, state = _pass(state, keep, keys @ v)
+            (weights,), at = products((q,), k, decay)
+            states, state = _pass(state, at.whole.mT, (k * at.after).mT @ v)
         else:
-            weights, own = weights.split((q.shape[2], 1), 2)
             beta = _cut(beta.to(wide), heads, chunk)
-            right = beta * torch.cat((v, k * at.before), -1)
-            v, known = _solve(beta * own, right).split((v.shape[-1], k.shape[-1]), -1)
-            states, state = _pass(state, keep, keys @ v, keys @ known)
-            v = v - known @ states
-        out = weights @ v + (q * at.before) @ states
+            (weights, system), at = products((q, k * beta), k, decay)
+            right = v * beta, k * (at.before * beta)
+            written, known = (_solve(system, x) for x in right)
+            states, v, state = _delta_pass(state, at.whole.mT, k * at.after, written, known)
+        own = weights @ v
+    if side == "key":
+        out = own + (q * at.before) @ states
+    else:
+        out = torch.addcmul(own, q @ states, at.before)
     return out.flatten(3, 4).flatten(1, 2)[:, :, :length], state
 
 
@@ -82,17 +82,26 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     return solve(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
 
 
-def _pass(
-    state: Tensor, keep: Tensor, added: Tensor, removed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last, S' = keep S + added - removed S."""
-    state = state[:, :, None]
-    states = []
-    for n in range(added.shape[3]):
+def _pass(state: Tensor, keep: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk and after the last, S' = keep S + added."""
+    state, states = state[:, :, None], []
+    for kept, new in zip(keep.unbind(3), added.unbind(3), strict=True):
         states.append(state)
-        after = torch.addcmul(added[:, :, :, n], keep[:, :, :, n], state)
-        state = after if removed is None else after - removed[:, :, :, n] @ state
+        state = torch.addcmul(new, kept, state)
     return torch.stack(states, 3), state[:, :, 0]
+
+
+def _delta_pass(
+    state: Tensor, keep: Tensor, keys: Tensor, written: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before each chunk, values u = written - known S, state S' = keep S + keysᵀ u."""
+    state, states, values = state[:, :, None], [], []
+    chunks = (x.unbind(3) for x in (keep, keys, written, known))
+    for kept, key, value, old in zip(*chunks, strict=True):
+        states.append(state)
+        values.append(value - old @ state)
+        state = torch.addcmul(key.mT @ values[-1], kept, state)
+    return torch.stack(states, 3), torch.stack(values, 3), state[:, :, 0]
 
 
 def _cut(x: Tensor, heads: int, chunk: int) -> Tensor:

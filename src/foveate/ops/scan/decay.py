@@ -5,6 +5,7 @@ Tokens are (…, C, ·), log-decays (…, C, 1|K|V), weights (…, C, C) with ze
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,38 +20,31 @@ class Factors(NamedTuple):
     whole: Tensor
 
 
-class _Level(NamedTuple):
-    """Neighbouring blocks of `size` tokens (…, n, size, ·) about to be joined in pairs."""
-
-    size: int
-    early: Tensor
-    """From a token of the first block of a pair to its end."""
-    late: Tensor
-    """From the start of the second block of a pair to a token of it."""
-
-
-def token_products(x: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Factors]:
-    """Weights x_i·k_j exp(b_i - b_j), b the running sum of one log-decay per token."""
+def token_products(
+    rows: Sequence[Tensor], k: Tensor, decay: Tensor
+) -> tuple[list[Tensor], Factors]:
+    """Weights x_i·k_j exp(b_i - b_j) for each x of rows, b the running sum of the log-decays."""
     # Differences of a long float32 sum would lose digits.
     sums = decay.double().cumsum(-2)
-    gaps = (sums - sums.mT).to(x.dtype)
-    # Above the diagonal gaps are >= 0: taken out before the exponential can overflow.
-    weights = ((x @ k.mT) * gaps.clamp(max=0.0).exp_()).tril_()
+    # Above the diagonal the exponents are >= 0: taken out before one can overflow.
+    kept = (sums - sums.mT).to(k.dtype).tril_().exp_()
+    weights = [((x @ k.mT) * kept).tril_() for x in rows]
     last = sums[..., -1:, :]
-    before, after, whole = (s.to(x.dtype).exp() for s in (sums, last - sums, last))
+    before, after, whole = (s.to(k.dtype).exp() for s in (sums, last - sums, last))
     return weights, Factors(before, after, whole)
 
 
-def key_products(x: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Factors]:
-    """Weights Σ_c x_ic k_jc exp(b_ic - b_jc), b the running sums of one log-decay per channel."""
+def key_products(rows: Sequence[Tensor], k: Tensor, decay: Tensor) -> tuple[list[Tensor], Factors]:
+    """Weights Σ_c x_ic k_jc exp(b_ic - b_jc), like `token_products`, one decay per channel."""
     levels, factors = _levels(decay)
-    weights = (x * k).sum(-1)[..., None, None]
+    weights = [x.new_zeros(*x.shape[:-1], x.shape[-2]) for x in rows]
+    for x, weight in zip(rows, weights, strict=True):
+        weight.diagonal(dim1=-2, dim2=-1).copy_((x * k).sum(-1))
     for size, early, late in levels:
-        below = (_blocks(x, size)[1] * late) @ (_blocks(k, size)[0] * early).mT
-        first, second = weights[..., 0::2, :, :], weights[..., 1::2, :, :]
-        above = torch.zeros_like(first)
-        weights = torch.cat((torch.cat((first, above), -1), torch.cat((below, second), -1)), -2)
-    return weights[..., 0, :, :], factors
+        keys = (_blocks(k, size, 0) * early).mT
+        for x, weight in zip(rows, weights, strict=True):
+            _below(weight, size).copy_((_blocks(x, size, 1) * late) @ keys)
+    return weights, factors
 
 
 def value_products(weights: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, Factors]:
@@ -58,29 +52,38 @@ def value_products(weights: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, F
     levels, factors = _levels(decay)
     out = weights.diagonal(dim1=-2, dim2=-1)[..., None] * v
     for size, early, late in levels:
-        tiles = weights.unflatten(-1, (-1, 2 * size)).unflatten(-3, (-1, 2 * size))
-        tiles = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., size:, :size]
-        added = (tiles @ (_blocks(v, size)[0] * early)) * late
-        first, second = _blocks(out, size)
-        out = torch.stack((first, second + added), -3).flatten(-4, -2)
+        added = _below(weights, size) @ (_blocks(v, size, 0) * early)
+        _blocks(out, size, 1).addcmul_(added, late)
     return out, factors
 
 
-def _blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second blocks (…, n, size, ·) of all pairs of neighbouring blocks."""
-    first, second = x.unflatten(-2, (-1, 2, size)).unbind(-3)
-    return first, second
+def _blocks(x: Tensor, size: int, which: int) -> Tensor:
+    """The first (0) or second (1) blocks (…, n, size, ·) of all pairs of neighbouring blocks."""
+    return x.unflatten(-2, (-1, 2, size))[..., which, :, :]
 
 
-def _levels(decay: Tensor) -> tuple[list[_Level], Factors]:
-    """Decays within blocks of 1, 2, 4 … tokens; only sums are formed, never differences of sums."""
-    levels = []
-    before, after, size = decay, torch.zeros_like(decay), 1
+def _below(weights: Tensor, size: int) -> Tensor:
+    """The weights (…, n, size, size) of second blocks for the first ones of their pairs."""
+    pairs = weights.unflatten(-1, (-1, 2 * size)).unflatten(-3, (-1, 2 * size))
+    return pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., size:, :size]
+
+
+def _levels(decay: Tensor) -> tuple[list[tuple[int, Tensor, Tensor]], Factors]:
+    """Decays within pairs of blocks of 1, 2, 4 … tokens, and those of the whole chunk.
+
+    For every size: from a token of a first block to its end, and from the start of a second block
+    to a token of it. Only sums are formed, never differences of sums.
+    """
+    levels, size = [], 1
+    before, after = decay.clone(), torch.zeros_like(decay)
     while size < decay.shape[-2]:
-        (early, late), (first, second) = _blocks(after, size), _blocks(before, size)
-        levels.append(_Level(size, early.exp(), second.exp()))
-        total = first[..., -1:, :], second[..., -1:, :]
-        before = torch.stack((first, second + total[0]), -3).flatten(-4, -2)
-        after = torch.stack((early + total[1], late), -3).flatten(-4, -2)
+        first, second, early = (
+            _blocks(before, size, 0),
+            _blocks(before, size, 1),
+            _blocks(after, size, 0),
+        )
+        levels.append((size, early.exp(), second.exp()))
+        early += second[..., -1:, :]
+        second += first[..., -1:, :]
         size *= 2
     return levels, Factors(before.exp(), after.exp(), before[..., -1:, :].exp())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,19 +12,22 @@ from foveate.ops.scan.terms import Terms
 
 def scan_recurrent(terms: Terms) -> tuple[Tensor, Tensor]:
     """Outputs (B, Hq, T, V) in the state's type, and the last state."""
-    state = terms.state
+    state, length = terms.state, terms.k.shape[2]
     b, heads, key_dim, _ = state.shape
-    length = terms.k.shape[2]
     keep = terms.log_decay().exp()
     keep = keep[..., None, :] if terms.side == "value" else keep[..., None]
-    q, k, v = (x.to(state.dtype) for x in (terms.q, terms.k, terms.v))
-    q = (q * terms.scale).reshape(b, heads, -1, length, key_dim)
+    k, v = terms.k.to(state.dtype)[..., None], terms.v.to(state.dtype)[..., None, :]
+    q = (terms.q.to(state.dtype) * terms.scale).reshape(b, heads, -1, length, key_dim)
+    betas: Sequence[Tensor | None] = [None] * length
+    if terms.beta is not None:
+        betas = terms.beta.to(state.dtype)[..., None].unbind(2)
     outs = []
-    for t in range(length):
-        state = state * keep[:, :, t]
-        key, write = k[:, :, t, :, None], v[:, :, t, None]
-        if terms.beta is not None:
-            write = terms.beta[:, :, t, None].to(state.dtype) * (write - key.mT @ state)
+    for query, key, write, kept, beta in zip(
+        q.unbind(3), k.unbind(2), v.unbind(2), keep.unbind(2), betas, strict=True
+    ):
+        state = state * kept
+        if beta is not None:
+            write = beta * (write - key.mT @ state)
         state = state + key * write
-        outs.append(q[:, :, :, t] @ state)
+        outs.append(query @ state)
     return torch.stack(outs, 3).flatten(1, 2), state
