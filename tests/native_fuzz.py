@@ -166,7 +166,32 @@ def attend_quantized(case):
     return lambda: ops.attend_quantized(q, *packed, **options, return_lse=True), (q,)
 
 
-CASES = [attend, block_sparse, gather, scan, attend_quantized]
+def tree_search(case):
+    rng = case.rng
+    case.with_nan = False  # which of several NaN is the largest is left open
+    q, k, _ = case.qkv()
+    q, k = q.flatten(0, 1), k[0]
+    n = q.shape[0]
+    lane, end = torch.randint(case.kv_heads, (n,)), torch.randint(-1, case.k_len + 1, (n,))
+    pos = None
+    if case.chance(0.5):
+        pos = torch.randint(case.k_len, (n, case.q_len))
+        pos[:, -1] = end - 1  # a block that no query sees would tie with every other such block
+    options = {
+        "slots": rng.randint(1, 9),
+        "start": rng.randint(0, 5),
+        "width": rng.choice([1, 2, 7]),
+    }
+    options["representative"] = rng.choice(["center", "first", "last"])
+
+    def call():
+        found, real = ops.tree_search(q, k, lane, end, pos=pos, **options)
+        return found.masked_fill(~real, -1).sort(-1).values.float(), real.sum(-1).float()
+
+    return call, (q, k)
+
+
+CASES = [attend, block_sparse, gather, scan, attend_quantized, tree_search]
 CALLS = Counter()  # of the kernels, by name
 
 

@@ -125,3 +125,15 @@ def test_odd_head_dim_and_gradients_go_to_torch():
     q, k, v = qkv(50, 50, grad=True)
     ops.attend(q, k, v, causal=True).sum().backward()
     assert q.grad is not None
+
+
+def test_lists_without_a_slot_read_nothing():
+    q, k, v = qkv(4, 4, dim=8, v_dim=8)
+    empty = torch.zeros(1, 1, 1, 0, dtype=torch.int32)
+    layout = ops.BlockLayout(empty, torch.zeros(1, 1, 1, dtype=torch.int32), (4, 4), (4, 4))
+    for out, lse in (
+        ops.block_sparse(q, k, v, layout, return_lse=True),
+        ops.gather(q, k, v, empty.long(), return_lse=True),
+    ):
+        assert not out.any()
+        assert torch.isneginf(lse).all()

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,8 @@ def compare(
     job = Comparison(
         loaded, tokenizer, content, settings, chosen, folder, command=command, fresh=fresh
     )
-    _measure(job)
+    page = _measure(job, _show)
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _set_threads(threads: int) -> None:
@@ -123,22 +125,27 @@ def _check_context(model: Any, longest: int, allow_long: bool) -> None:
     err.print(f"[yellow]warning:[/] {message}; quality beyond it says little")
 
 
-def _measure(job: Any) -> None:
-    """Run what is left of a comparison, write the page, print the table."""
+def _measure(job: Any, show: Callable[[Any], Path]) -> Path:
+    """Run what is left of a job and show what it found: the page, also after an interrupt."""
     if job.resumed:
-        err.print(f"resuming: {job.resumed} finished measurements found in {job.results.path}")
+        _tell(f"resuming: {job.resumed} finished measurements found in {job.path}")
     interrupted = False
     try:
         _walk(job)
     except KeyboardInterrupt:
         interrupted = True
     job.finish()
-    page = _show(job.results)
+    page = show(job)
     if interrupted:
-        err.print(f"[yellow]interrupted:[/] what is finished is in {job.results.path}")
-        err.print("run the same command again to go on from there")
+        _tell(f"interrupted: what is finished is in {job.path}")
+        _tell("run the same command again to go on from there")
         raise typer.Exit(130)
-    out.print(f"report: {page}")
+    return page
+
+
+def _tell(message: str) -> None:
+    """A line on standard error, whole: a path in it stays one word."""
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _walk(job: Any) -> None:
@@ -159,10 +166,11 @@ def _walk(job: Any) -> None:
             bar.advance(task)
 
 
-def _show(results: Any) -> Path:
+def _show(job: Any) -> Path:
     from foveate.report import compare as page
     from foveate.report.terminal import comparison
 
+    results = job.results
     path = page.write(results.data, results.folder / "report.html")
     out.print(comparison(results.data, out.width))
     if any(not m["selection_causal"] for m in results.data["mechanisms"]):
@@ -357,24 +365,16 @@ def kernels(
     settings = bench.Settings(sizes=lengths, rounds=rounds, only=names, quick=quick)
     command = shlex.join(["foveate", *sys.argv[1:]])
     job = bench.KernelRun(folder, settings, command=command, fresh=fresh)
-    if job.resumed:
-        err.print(f"resuming: {job.resumed} finished lines found in {job.path}")
-    interrupted = False
-    try:
-        _walk(job)
-    except KeyboardInterrupt:
-        interrupted = True
-    job.finish()
-    path = page.write(job.data, folder / "kernels.html")
-    if markdown:
-        out.print(page.markdown(job.data), markup=False, highlight=False, soft_wrap=True)
-    else:
-        out.print(page.terminal(job.data))
-    if interrupted:
-        err.print(f"[yellow]interrupted:[/] what is finished is in {job.path}")
-        err.print("run the same command again to go on from there")
-        raise typer.Exit(130)
-    err.print(f"report: {path}")
+
+    def show(job: Any) -> Path:
+        path = page.write(job.data, folder / "kernels.html")
+        if markdown:
+            out.print(page.markdown(job.data), markup=False, highlight=False, soft_wrap=True)
+        else:
+            out.print(page.terminal(job.data))
+        return path
+
+    _tell(f"report: {_measure(job, show)}")
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ class Comparison:
         self.ids = encode(tokenizer, text, settings.tokens + settings.decode_tokens + 1)
         self.hay = encode(tokenizer, text, settings.needle_tokens)
         self.results = Results.open(folder, self._frame(command), fresh)
-        self.resumed = len(self.results.data["measurements"])
+        self.path, self.resumed = self.results.path, len(self.results.data["measurements"])
         self._dense: Run | None = None
         summarise(self.results)
         self.results.save()

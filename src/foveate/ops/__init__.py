@@ -31,6 +31,7 @@ from foveate.ops.scores import block_mass, pool_blocks, token_scores
 from foveate.ops.select import force, threshold, top_k, top_p
 from foveate.ops.shapes import TileGrid, check_block, check_qkv
 from foveate.ops.tile import grouped_logits
+from foveate.ops.tree_search import tree_search
 
 __all__ = [
     "BlockLayout",
@@ -80,6 +81,7 @@ __all__ = [
     "token_scores",
     "top_k",
     "top_p",
+    "tree_search",
     "unrope",
     "visible_pairs",
     "window",

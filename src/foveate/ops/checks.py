@@ -24,7 +24,7 @@ def check_floating(**tensors: Tensor | None) -> None:
 def check_shape(name: str, x: Tensor, want: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape."""
     if tuple(x.shape) != want:
-        raise ValueError(f"{name} must be {want}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {tuple(want)}, got {tuple(x.shape)}")
 
 
 def check_axis(name: str, x: Tensor, dim: int) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def gather_native(
 ) -> tuple[Tensor, Tensor] | None:
     """`gather` by the CPU kernel, or None where it cannot serve the call."""
     found = native_for(q, k, v)
-    if found is None or (idx.shape[2] == 1 and q.shape[2] >= _MANY):
+    if found is None or not idx.numel() or (idx.shape[2] == 1 and q.shape[2] >= _MANY):
         return None
     factor = default_scale(scale, q.shape[3])
     return decode.gather(found, q, k, v, idx, valid, width=width, scale=factor, softcap=softcap)

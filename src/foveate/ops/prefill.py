@@ -64,7 +64,7 @@ def block_sparse_native(
     """Block-sparse attention by the kernel, or None where it cannot serve the call."""
     shape = check_qkv(q, k, v)
     found = native_for(q, k, v)
-    if found is None or not _fits(shape) or layout.block[0] > _ROWS:
+    if found is None or not _fits(shape) or layout.block[0] > _ROWS or not layout.indices.numel():
         return None
     if skip is not None and not decides(found, skip.rows, query_offset(*layout.lengths)):
         return None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from foveate.native import tree_search as native
 from foveate.ops.backend import native_for
+from foveate.ops.checks import check_floating, check_shape
 from foveate.ops.shapes import check_block
 
 # Elements of gathered keys, or of scores, in one step.
@@ -31,12 +32,14 @@ def tree_search(
     (H, Lk, D), in blocks of `width`; lane, end (N,). The blocks are cut into `slots` even runs;
     each round halves every run, scores a half by the largest q·k of its representative block
     (center, first or last of the half), and keeps the `slots` best, until runs are single blocks.
-    Keys after a query's position pos (N, R) do not count for it. Scores are float32.
+    Keys after a query's position pos (N, R) do not count for it. Scores are float32. Raises
+    TypeError or ValueError for what does not fit together.
     """
     check_block("slots", slots)
     check_block("width", width)
     if representative not in native.REPRESENTATIVES:
         raise ValueError(f"representative must be center, first or last, got {representative!r}")
+    _check(q, k, lane, end, start, pos)
     n, rows, dim = q.shape
     kernels = native_for(q, k)
     if kernels is not None and dim % 8 == 0 and q.dtype == k.dtype and n and rows:
@@ -57,6 +60,28 @@ def tree_search(
         found.append(_search(score, slots, representative))
     blocks, real = zip(*found, strict=True)
     return torch.cat(blocks), torch.cat(real)
+
+
+def _check(q: Tensor, k: Tensor, lane: Tensor, end: Tensor, start: int, pos: Tensor | None) -> None:
+    """Refuse searches that do not fit the call or reach outside the keys."""
+    check_floating(q=q, k=k)
+    if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q must be (N, R, D), k (H, Lk, D), got {tuple(q.shape)}, {tuple(k.shape)}"
+        )
+    heads, length = k.shape[:2]
+    check_shape("lane", lane, q.shape[:1])
+    check_shape("end", end, q.shape[:1])
+    if pos is not None:
+        check_shape("pos", pos, q.shape[:2])
+    if start < 0:
+        raise ValueError(f"start must be at least 0, got {start}")
+    if len(lane) and not 0 <= int(lane.min()) <= int(lane.max()) < heads:
+        raise ValueError(
+            f"lane must lie in [0, {heads}), got {int(lane.min())} to {int(lane.max())}"
+        )
+    if len(end) and int(end.max()) > length:
+        raise ValueError(f"end must be at most {length}, the number of keys, got {int(end.max())}")
 
 
 def _search(score: _Score, slots: int, representative: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from foveate import ops
 from foveate.attention.base import BlockSparse, Call, Pattern, Result, dense_result, token_layout
 from foveate.ops import BlockLayout, Mask
-from foveate.ops.tree_search import tree_search
 from foveate.registry import Card, register
 
 
@@ -104,7 +103,7 @@ class HiP(BlockSparse):
         asked = q[:, :, (rows - start).flatten()].reshape(-1, *rows.shape[1:], q.shape[3])
         end = last + 1 - self.window if call.causal else torch.full_like(last, lengths[1])
         lanes = torch.arange(q.shape[0] * q.shape[1], device=q.device)
-        found, real = tree_search(
+        found, real = ops.tree_search(
             asked,
             k.flatten(0, 1),
             (lanes // (q.shape[1] // k.shape[1])).repeat_interleave(grid.tiles),

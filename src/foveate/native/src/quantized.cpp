@@ -194,7 +194,7 @@ class QuantizedSource {
         for (int32_t r = 0; r < t.rows; ++r) weigh(t, r, g, at, end);
         if (t.rows == 1) values_of<1, 4>(t, g, at, end);
         if (t.rows == 2) values_of<2, 4>(t, g, at, end);
-        if (t.rows == 3) values_of<3, 4>(t, g, at, end);
+        if (t.rows == 3) values_of<3, 2>(t, g, at, end);
         if (t.rows == 4) values_of<4, 2>(t, g, at, end);
       }
     }

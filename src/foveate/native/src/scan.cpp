@@ -163,11 +163,15 @@ class Worker {
   void each_row(Row&& row) {
     for (int slice = first; slice < last; ++slice)
       for (int r = 0; r < c.key_dim; ++r) {
-        const int column = slice * plan.lanes();
-        row(r, column, std::min(plan.lanes(), c.value_dim - column), slice_of(slice) + r * plan.lanes());
+        const int lanes = plan.lanes(), column = slice * lanes;
+        row(r, column, std::min(lanes, c.value_dim - column), slice_of(slice) + r * lanes);
       }
   }
   float* slice_of(int slice) const { return state + int64_t{slice} * c.key_dim * plan.lanes(); }
+
+  int64_t row_of(const Tensor& x, int64_t head, int64_t t) const {
+    return b * x.batch + head * x.head + t * x.row;
+  }
 
   // The valid ones of some tokens in float32; the others get their zeros.
   void lay_out(int from, int end) {
@@ -182,12 +186,11 @@ class Worker {
     }
     for (int i = 0; i < tokens; ++i) {
       const int64_t t = token[i];
-      numbers(c.k, c.dtype, b * c.k.batch + h * c.k.head + t * c.k.row, c.key_dim, k + i * keys);
-      numbers(c.v, c.dtype, b * c.v.batch + h * c.v.head + t * c.v.row, c.value_dim, v + i * columns);
+      numbers(c.k, c.dtype, row_of(c.k, h, t), c.key_dim, k + i * keys);
+      numbers(c.v, c.dtype, row_of(c.v, h, t), c.value_dim, v + i * columns);
       for (int g = 0; g < group; ++g) {
         float* at = q + (g * kTile + i) * keys;
-        const int64_t head = h * group + g;
-        numbers(c.q, c.dtype, b * c.q.batch + head * c.q.head + t * c.q.row, c.key_dim, at);
+        numbers(c.q, c.dtype, row_of(c.q, h * group + g, t), c.key_dim, at);
         for (int d = 0; d < keys; d += kWidth) store(at + d, load(at + d) * c.scale);
       }
       lay_out_decay(i, t);
@@ -201,15 +204,15 @@ class Worker {
     if (c.decay.data == nullptr) {
       *kept = 1.0f;
     } else {
-      const int64_t at = b * c.decay.batch + h * c.decay.head + t * c.decay.row;
-      numbers(c.decay, kFloat32, at, count, kept);
+      numbers(c.decay, kFloat32, row_of(c.decay, h, t), count, kept);
       std::fill(kept + count, kept + width, 0.0f);
       for (int d = 0; d < width; d += kWidth) store(kept + d, exp2_of(load(kept + d) * kLog2e));
     }
     if (c.beta.data == nullptr) return;
-    beta[i] = number(c.beta, kFloat32, b * c.beta.batch + h * c.beta.head + t * c.beta.row);
+    beta[i] = number(c.beta, kFloat32, row_of(c.beta, h, t));
     const int stride = keep_stride();
-    for (int d = 0; d < c.key_dim; ++d) decayed_k[i * keys + d] = k[i * keys + d] * kept[d * stride];
+    const float* key = k + i * keys;
+    for (int d = 0; d < c.key_dim; ++d) decayed_k[i * keys + d] = key[d] * kept[d * stride];
   }
   int keep_width() const { return c.side == kWhole ? kWidth : c.side == kKeys ? keys : columns; }
   int keep_stride() const { return c.side == kKeys ? 1 : 0; }
@@ -241,7 +244,7 @@ class Worker {
 
   // The columns of this task in the row of a token.
   void put_row(int g, int64_t t, const float* from) {
-    const int64_t at = b * c.out.batch + (h * group + g) * c.out.head + t * c.out.row;
+    const int64_t at = row_of(c.out, h * group + g, t);
     for (int d = low; d < high; ++d) put(c.out, c.dtype, at + d, from[d]);
   }
 

@@ -57,7 +57,8 @@ inline void spread(Bytes bytes, int16_t* to, int64_t stride) {
   const Spread mask = Spread{} + int16_t{(1 << Bits) - 1};
 #pragma GCC unroll 4
   for (int p = 0; p < 8 / Bits; ++p)
-    *reinterpret_cast<LooseSpread*>(to + p * stride) = (words >> p * Bits) & mask;
+    *reinterpret_cast<LooseSpread*>(to + p * stride) =
+        Bits == 8 ? words : (words >> p * Bits) & mask;
 }
 
 template <int Bits>
