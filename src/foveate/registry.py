@@ -108,7 +108,7 @@ def lookup(name: str) -> Any:
     if name not in _classes and name in _modules():
         importlib.import_module(_modules()[name])
     if name not in _classes:
-        raise ValueError(f"unknown mechanism {name!r}{_nearest(name, names())}")
+        raise ValueError(f"unknown mechanism {name!r}{nearest(name, names())}")
     return _classes[name]
 
 
@@ -122,7 +122,7 @@ def load_plugin(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean …?` or the list of what is known."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -180,7 +180,7 @@ def spec_of(mechanism: Any) -> str:
 def _hint(cls: Any, name: str, key: str) -> Any:
     fields = {f.name for f in dataclasses.fields(cls)}
     if key not in fields:
-        raise ValueError(f"{name} has no option {key!r}{_nearest(key, sorted(fields))}")
+        raise ValueError(f"{name} has no option {key!r}{nearest(key, sorted(fields))}")
     return typing.get_type_hints(cls)[key]
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from foveate import ops
 from foveate.ops import BlockLayout, Mask
 
+Tables = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Rotary tables (cos, sin), each (1, L, R), of positions (1, L)."""
+
 # Query rows on which a recorded call compares its mass with that of dense attention.
 _SAMPLED_ROWS = 64
 
@@ -58,7 +61,9 @@ class Call:
     causal, mask and scale are those of the call itself; layer is the index of `layers`; valid
     (B, Lk) bool marks real keys (False: padding); softcap bounds the logits as in Gemma 2; memory
     lives as long as the sequence; record, if given, is told what the call did. `state` is the
-    memory of one row, layer -> slot: what a stateful mechanism reads and writes.
+    memory of one row, layer -> slot: what a stateful mechanism reads and writes. rope turns
+    positions into the tables q and k were rotated by (None: not rotated); positions (B, Lk) are
+    those of the keys (None: 0 … Lk - 1). step counts the denoising steps of a diffusion model.
     """
 
     layer: int = 0
@@ -71,6 +76,9 @@ class Call:
     softcap: float | None = None
     memory: Memory | None = None
     record: Callable[[Record], None] | None = None
+    rope: Tables | None = None
+    positions: Tensor | None = None
+    step: int = 0
     state: dict[int, Slot] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
@@ -88,7 +96,18 @@ class Call:
         if self.memory is not None:
             self.memory.rows(self.layer, batch)
             state = {i: rows[b] for i, rows in self.memory.items() if len(rows) > b}
-        return dataclasses.replace(self, valid=None, memory=None, state=state)
+        own = self.positions
+        own = own if own is None or len(own) == 1 else own[b : b + 1]
+        if own is not None and self.valid is not None:
+            own = own[:, self.valid[b]]
+        return dataclasses.replace(self, valid=None, memory=None, state=state, positions=own)
+
+    def tables(self, k_len: int) -> tuple[Tensor, Tensor] | None:
+        """Rotary tables (B|1, Lk, R) of all keys; those of the queries are the last Lq."""
+        if self.rope is None:
+            return None
+        at = torch.arange(k_len)[None] if self.positions is None else self.positions
+        return self.rope(at)
 
 
 def phase_of(q_len: int, k_len: int) -> str:

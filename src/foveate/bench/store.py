@@ -34,6 +34,49 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def write_json(path: Path, data: Json) -> None:
+    """Write a file whole; on failure the old one stays. Raises ResultsError."""
+    draft = path.with_suffix(f"{path.suffix}.part")
+    try:
+        draft.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another "
+            "--out (what was measured before is kept)"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path, schema: str) -> Json:
+    """The content of a file that `write_json` wrote; ResultsError for what is none of `schema`."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"{path} cannot be read as results ({error}): remove it or use --fresh"
+        ) from error
+    if not isinstance(old, dict) or old.get("schema") != schema:
+        raise ResultsError(
+            f"{path} is not a file of this version ({schema}): choose another --out, or "
+            "overwrite it with --fresh"
+        )
+    return old
+
+
+def refuse_change(path: Path, what: str, old: Json, new: Json) -> None:
+    """Raise ResultsError at the first value of `what` (like "settings") that is not as before."""
+    for key, value in new.items():
+        had = old.get(what, {}).get(key)
+        if had != value:
+            raise ResultsError(
+                f"{path} was made with {key}={had}, now it is {value}: choose another --out, or "
+                "overwrite it with --fresh"
+            )
+
+
 class Results:
     """Measurements in a directory, kept safe against interruption."""
 
@@ -55,36 +98,20 @@ class Results:
         results = cls(folder, data | {"measurements": [], "summary": [], "winner": None})
         check_writable(folder)
         if results.path.exists() and not fresh:
-            results._resume(_read(results.path))
+            results._resume(read_json(results.path, SCHEMA))
         results.save()
         return results
 
     def _resume(self, old: Json) -> None:
-        for key, value in self.data["settings"].items():
-            had = old.get("settings", {}).get(key)
-            if key != "specs" and had != value:
-                raise ResultsError(
-                    f"{self.path} was made with {key}={had}, now it is {value}: choose another "
-                    "--out, or overwrite it with --fresh"
-                )
+        settings = {k: x for k, x in self.data["settings"].items() if k != "specs"}
+        refuse_change(self.path, "settings", old, settings)
         self.data["measurements"] = old["measurements"]
         self.data["created"] = old["created"]
 
     def save(self) -> None:
         """Write the file whole; on failure the old one stays. Raises ResultsError."""
         self.data["updated"] = now()
-        draft = self.path.with_suffix(".json.part")
-        try:
-            draft.write_text(json.dumps(self.data, indent=1, allow_nan=False), encoding="utf-8")
-            draft.replace(self.path)
-        except OSError as error:
-            raise ResultsError(
-                f"cannot write {self.path}: {error.strerror}; free some space or choose another "
-                "--out (what was measured before is kept)"
-            ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
+        write_json(self.path, self.data)
 
     def add(self, measurement: Json) -> None:
         """Keep a finished measurement."""
@@ -98,18 +125,3 @@ class Results:
             for m in self.data["measurements"]
             if all(m.get(key) == value for key, value in wanted.items())
         ]
-
-
-def _read(path: Path) -> Json:
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"{path} cannot be read as results ({error}): remove it or use --fresh"
-        ) from error
-    if not isinstance(old, dict) or old.get("schema") != SCHEMA:
-        raise ResultsError(
-            f"{path} is not a results file of this version ({SCHEMA}): choose another --out, or "
-            "overwrite it with --fresh"
-        )
-    return old

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from foveate.attention.base import Memory
+from foveate.attention.base import Memory, Tables
 from foveate.cache.base import CachePolicy, Codec, Eviction
-from foveate.hf.codec import CodecLayer, Tables
+from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import FullLayer, PolicyLayer, SlidingLayer, Stateful
 
@@ -35,7 +34,8 @@ def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memor
             )
         if _gives_way(layer, policy):
             sliding = getattr(layer, "is_sliding", False)
-            tables = _tables(decoder, i) if isinstance(policy, Codec) and policy.pre_rope else None
+            rotated = isinstance(policy, Codec) and policy.pre_rope
+            tables = rotary_tables(decoder, i) if rotated else None
             layer = _layer_for(None if sliding else policy, layer, owner, tables)
             cache.layers[i] = layer
         if owner is None and isinstance(layer, CodecLayer):
@@ -61,7 +61,7 @@ def announce(cache: Any, kwargs: dict[str, Any]) -> None:
     owner.locate(positions, tokens.shape[0])
 
 
-def _tables(decoder: Any, index: int) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+def rotary_tables(decoder: Any, index: int) -> Tables | None:
     """How the model turns positions (B, L) into rotary tables; None without rotary."""
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from foveate.attention.base import Attention, Call, Memory, Record
 from foveate.cache.base import CachePolicy, Codec, Eviction
-from foveate.hf.adopt import adopt, announce
+from foveate.hf.adopt import adopt, announce, rotary_tables
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import PolicyLayer
@@ -52,6 +52,7 @@ class Attachment:
         self.policies = cache_plan(cache, self.layers)
         _check_slots(self.decode, self.policies)
         self.dense: Attention = create("dense")
+        self.rope = [rotary_tables(self.decoder, index) for index in range(self.layers)]
         self.record: Callable[[Record], None] | None = None
         self._cache: Any = None
         self._memory = Memory()
@@ -149,6 +150,9 @@ class Attachment:
             memory=self._memory,
             record=self.record,
         )
+        if index < self.layers and not isinstance(layer, EvictionLayer):
+            call.rope = self.rope[index]
+            call.positions = _positions(options.get("position_ids"), valid, q_len, k_len)
         mechanism = self._mechanism(call.phase, index, seen.sliding)
         if mechanism is self.dense:
             call.record = None
@@ -198,13 +202,29 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _positions(ids: Tensor | None, valid: Tensor | None, q_len: int, k_len: int) -> Tensor | None:
+    """Positions (B|1, Lk) of keys that lie in consecutive slots, from those of the queries."""
+    if ids is None or ids.dim() != 2:
+        return None
+    last = _last_real(valid, q_len, ids)
+    first = ids.expand(len(last), -1).gather(1, last[:, None]) - last[:, None]
+    return first + torch.arange(q_len - k_len, q_len, device=ids.device)
+
+
 def _last_queries(q: Tensor, valid: Tensor | None) -> Tensor:
     """The last real query (B, Hq, 1, D) of every row."""
     if valid is None:
         return q[:, :, -1:]
-    slots = torch.arange(q.shape[2], device=q.device)
-    last = torch.where(valid[:, -q.shape[2] :], slots, 0).amax(1)
+    last = _last_real(valid, q.shape[2], q)
     return q.gather(2, last.view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, q.shape[3]))
+
+
+def _last_real(valid: Tensor | None, q_len: int, like: Tensor) -> Tensor:
+    """Index (B,) among the queries of the last real one of every row of `like`."""
+    if valid is None:
+        return torch.full((like.shape[0],), q_len - 1, device=like.device)
+    slots = torch.arange(q_len, device=like.device)
+    return torch.where(valid[:, -q_len:], slots, 0).amax(1)
 
 
 def _decoder_of(model: Any) -> Any:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate import ops
+from foveate.attention.base import Tables
 from foveate.cache.base import Codec, Packed
 from foveate.hf.layers import PolicyLayer, Recorder
-
-Tables = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class CodecLayer(PolicyLayer):

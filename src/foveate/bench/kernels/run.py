@@ -13,7 +13,7 @@ from foveate.bench.kernels.benches import BENCHES
 from foveate.bench.kernels.rivals import LONGEST, LONGEST_COMPILED
 from foveate.bench.kernels.trial import Limits, Trial, measure
 from foveate.bench.machine import machine
-from foveate.bench.store import Json, Results, ResultsError, check_writable, now
+from foveate.bench.store import Results, check_writable, now, read_json, refuse_change
 
 SCHEMA = "foveate.kernels/1"
 _SHORTEST, _LONGEST = 64, 1 << 20
@@ -126,33 +126,10 @@ class KernelRun(Results):
 
     def _go_on(self) -> None:
         """Take over the lines that are in the folder; refuses those of another run."""
-        try:
-            old = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ResultsError(
-                f"{self.path} cannot be read as results ({error}): remove it or use --fresh"
-            ) from error
-        if not isinstance(old, dict) or old.get("schema") != SCHEMA:
-            raise ResultsError(
-                f"{self.path} is not a file of this version ({SCHEMA}): choose another --out, or "
-                "overwrite it with --fresh"
-            )
+        old = read_json(self.path, SCHEMA)
         for part in ("settings", "machine"):
-            changed = _changed(old[part], self.data[part])
-            if changed:
-                raise ResultsError(
-                    f"{self.path} was made with {changed}: choose another --out, or overwrite it "
-                    "with --fresh"
-                )
+            refuse_change(self.path, part, old, self.data[part])
         self.data["lines"], self.data["created"] = old["lines"], old["created"]
-
-
-def _changed(old: Json, new: Json) -> str:
-    """The first difference, in words; empty without one."""
-    for key, value in new.items():
-        if old.get(key) != value:
-            return f"{key}={old.get(key)}, now it is {value}"
-    return ""
 
 
 def _notes(settings: Settings) -> Sequence[str]:
