@@ -1,0 +1,1 @@
+"""Trainable layers: mechanisms of kind "module"."""
