@@ -35,14 +35,15 @@ def attend_native(
 ) -> tuple[Tensor, Tensor] | None:
     """Dense attention by the kernel, or None where it cannot serve the call."""
     shape = check_qkv(q, k, v)
-    rule = with_causal(mask, is_causal)
     found = native_for(q, k, v)
     if found is None or not _fits(shape):
         return None
-    runs = _runs(rule, shape, q_pos)
+    options: dict[str, Any] = {"scale": default_scale(scale, shape.dim), "softcap": softcap}
+    if shape.q_len == 1 and mask is None and q_pos is None:
+        return decode(found, q, k, v, None, **options)  # the last query sees every key
+    runs = _runs(with_causal(mask, is_causal), shape, q_pos)
     if runs is None:
         return None
-    options: dict[str, Any] = {"scale": default_scale(scale, shape.dim), "softcap": softcap}
     if shape.q_len <= _FEW and runs.shape[3] == 1:
         return decode(found, q, k, v, runs[..., 0, :], **options)
     return prefill(found, q, k, v, runs, block=_BLOCK, **options)

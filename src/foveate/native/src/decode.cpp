@@ -21,7 +21,8 @@ struct DecodeCall {
 
 namespace {
 
-constexpr int kStep = 16;  // keys whose values all channels pass over before the next keys' do
+constexpr int kStep = 16;  // keys whose values all rows pass over before the next keys' do
+constexpr int kStrip = 4;  // vectors of channels that are summed apart, to hide latency
 
 // Keys or values of a chunk; what is no whole vector of float32 is copied.
 class Rows {
@@ -104,84 +105,76 @@ class FloatSource {
   }
 
   void logits(const Tile& t) {
-    if (t.rows == 1) return logits_of<1, 4>(t);
-    if (t.rows == 2) return logits_of<2, 4>(t);
-    if (t.rows == 3) return logits_of<3, 4>(t);
-    return logits_of<4, 2>(t);
+    if (t.rows == 1) return logits_of<1>(t);
+    if (t.rows == 2) return logits_of<2>(t);
+    if (t.rows == 3) return logits_of<3>(t);
+    return logits_of<4>(t);
   }
 
+  // Some keys at a time pass by all rows. A row meets only keys that it sees: a value may be NaN.
   void values(const Tile& t) {
-    // Keys that all rows see; the others are left to the rows that do, as a value may be NaN.
-    int32_t from = 0, to = t.count;
-    for (int32_t r = 0; r < t.rows; ++r) {
-      from = std::max(from, t.low[r]);
-      to = std::min(to, t.high[r]);
-    }
-    if (from >= to) from = to = t.count;
-    for (int32_t r = 0; r < t.rows; ++r) {
-      values_of<1, 8>(t.s + r * kChunk, t.low[r], std::min(from, t.high[r]), t.out + r * v.stride);
-      values_of<1, 8>(t.s + r * kChunk, std::max(to, t.low[r]), t.high[r], t.out + r * v.stride);
-    }
-    if (t.rows == 1) return values_of<1, 8>(t.s, from, to, t.out);
-    if (t.rows == 2) return values_of<2, 4>(t.s, from, to, t.out);
-    if (t.rows == 3) return values_of<3, 4>(t.s, from, to, t.out);
-    return values_of<4, 2>(t.s, from, to, t.out);
+    for (int32_t from = 0; from < t.count; from += kStep)
+      for (int32_t r = 0; r < t.rows; ++r) {
+        const int32_t low = std::max(from, t.low[r]), high = std::min(from + kStep, t.high[r]);
+        values_of(t.s + r * kChunk, low, high, t.out + r * v.stride, r == 0);
+      }
   }
 
  private:
-  template <int R, int K>
+  // Keys are read one after the other, as they lie in memory.
+  template <int R>
   void logits_of(const Tile& t) {
-    const float* rows = q + t.first * k.stride;
     for (int32_t j = 0; j < t.count; j += kWidth) {
       Vec sums[R][kWidth];
-      for (int i = 0; i < kWidth; i += K) {
-        Vec acc[K][R] = {};
-        for (int64_t d = 0; d < k.stride; d += kWidth) {
-#pragma GCC unroll 4
-          for (int n = 0; n < K; ++n) {
-            const Vec key = foveate::load(k.at[j + i + n] + d);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[n][r] += key * foveate::load(rows + r * k.stride + d);
-          }
-        }
-        for (int n = 0; n < K; ++n)
-          for (int r = 0; r < R; ++r) sums[r][i + n] = acc[n][r];
+      for (int i = 0; i < kWidth; ++i) {
+        Vec acc[kStrip][R] = {};
+        int64_t d = 0;
+        for (; d + kStrip * kWidth <= k.stride; d += kStrip * kWidth)
+          products<R, kStrip>(k.at[j + i] + d, q + t.first * k.stride + d, acc);
+        for (; d < k.stride; d += kWidth)
+          products<R, 1>(k.at[j + i] + d, q + t.first * k.stride + d, acc);
+        for (int r = 0; r < R; ++r)
+          sums[r][i] = (acc[0][r] + acc[1][r]) + (acc[2][r] + acc[3][r]);
       }
       for (int r = 0; r < R; ++r) store(t.s + r * kChunk + j, sum_each(sums[r]));
     }
   }
 
-  // Adds the keys [from, to) to R rows, N vectors of channels at a time.
+  // Adds N vectors of a key times those of R rows.
   template <int R, int N>
-  void values_of(const float* p, int32_t from, int32_t to, float* out) {
-    for (int32_t end; from < to; from = end) {
-      end = std::min(from + kStep, to);
-      int64_t d = 0;
-      for (; d + N * kWidth <= v.stride; d += N * kWidth) strip<R, N>(p, from, end, d, out + d);
-      for (; d < v.stride; d += kWidth) strip<R, 1>(p, from, end, d, out + d);
+  void products(const float* key, const float* rows, Vec (&acc)[kStrip][R]) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Vec x = foveate::load(key + n * kWidth);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[n][r] += x * foveate::load(rows + r * k.stride + n * kWidth);
     }
   }
 
-  template <int R, int N>
-  void strip(const float* p, int32_t from, int32_t to, int64_t d, float* out) {
-    Vec acc[R][N];
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) acc[r][n] = foveate::load(out + r * v.stride + n * kWidth);
+  // Adds the keys [from, to) to a row; `ahead` asks for the next keys as well.
+  void values_of(const float* p, int32_t from, int32_t to, float* out, bool ahead) const {
+    int64_t d = 0;
+    for (; d + 2 * kStrip * kWidth <= v.stride; d += 2 * kStrip * kWidth)
+      strip<2 * kStrip>(p, from, to, d, out + d, ahead);
+    for (; d + kStrip * kWidth <= v.stride; d += kStrip * kWidth)
+      strip<kStrip>(p, from, to, d, out + d, ahead);
+    for (; d < v.stride; d += kWidth) strip<1>(p, from, to, d, out + d, ahead);
+  }
+
+  template <int N>
+  void strip(const float* p, int32_t from, int32_t to, int64_t d, float* out, bool ahead) const {
+    Vec acc[N];
+    for (int n = 0; n < N; ++n) acc[n] = foveate::load(out + n * kWidth);
     for (int32_t j = from; j < to; ++j) {
-      const float* at = v.at[j] + d;
-      Vec weight[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) weight[r] = splat(p[r * kChunk + j]);
+      const Vec weight = splat(p[j]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        if (n * kWidth % 16 == 0) __builtin_prefetch(v.at[j + kStep] + d + n * kWidth);
-        const Vec value = foveate::load(at + n * kWidth);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][n] += weight[r] * value;
+        if (ahead && n * kWidth % 16 == 0)
+          __builtin_prefetch(v.at[j + kStep] + d + n * kWidth);
+        acc[n] += weight * foveate::load(v.at[j] + d + n * kWidth);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) store(out + r * v.stride + n * kWidth, acc[r][n]);
+    for (int n = 0; n < N; ++n) store(out + n * kWidth, acc[n]);
   }
 
   const DecodeCall& call;
