@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.ops.mask import Mask
 from foveate.ops.mask import causal as causal_mask
 from foveate.ops.shapes import TileGrid, check_block, check_causal, check_qkv, positions
-from foveate.ops.tile import default_scale, grouped_logits
+from foveate.ops.tile import cap, default_scale, grouped_logits
 
 # Logits of one step of a second pass.
 _PAIRS = 1 << 22
@@ -90,6 +90,7 @@ def block_mass(
     causal: bool = True,
     mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Exact attention mass of blocks, from a second pass over the logits.
 
@@ -114,7 +115,7 @@ def block_mass(
     for t in range(grid.tiles):
         lo = max(t * bq - grid.lead, 0)
         rows = slice(lo, min((t + 1) * bq - grid.lead, shape.q_len))
-        s = grouped_logits(q[:, :, rows], k, factor)
+        s = cap(grouped_logits(q[:, :, rows], k, factor), softcap)
         seen = torch.ones((), dtype=torch.bool, device=q.device)
         if rule is not None:
             seen = rule(*rule.axes(q.device), q_pos[:, None, rows, None], k_pos[:, None, None])

@@ -1,0 +1,185 @@
+"""Mechanisms with trained parts: what a trainer needs of them, and the files they are kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from foveate.attention.base import Attention, Call, Result
+from foveate.registry import Card
+
+FORMAT = "foveate.trained/1"
+
+
+class ModelShape(NamedTuple):
+    """Sizes of a model's attention, the same in all its layers."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    dim: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, call: Call) -> ModelShape:
+        """Those of the model behind a call."""
+        return cls(call.layers, q.shape[1], k.shape[1], q.shape[3])
+
+
+class Learner(nn.Module):
+    """What a mechanism learns on one model, and how; the model itself stays frozen.
+
+    While it is trained it attends in the mechanism's place and takes note of what `loss` needs.
+    A learner that goes `through_model` is trained by the model's own loss: every step is a pass,
+    and gradients flow back through it. Any other learns from its notes alone: it watches every
+    text once, without gradients, and each step draws from what it noted.
+    """
+
+    through_model: ClassVar[bool] = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """A layer's output while training."""
+        raise NotImplementedError
+
+    def loss(self, done: float, text: Tensor | None, task: int) -> Tensor:
+        """What to minimise when the share `done` of the steps is done.
+
+        text is the model's loss in the pass of this step, on the text of number `task`; None for
+        a learner that only watches.
+        """
+        raise NotImplementedError
+
+
+class Trainable:
+    """A mechanism with a trained part, kept in the file its option `trained` names ("": none)."""
+
+    trained: ClassVar[str]
+    """Name of that option."""
+
+    card: ClassVar[Card]
+
+    def learner(self, shape: ModelShape) -> Learner:
+        """The part as it is before training; its state dict is what the file holds."""
+        raise NotImplementedError
+
+    def read(self) -> Trained | None:
+        """What the file holds, None without one; ValueError when it is not of this mechanism."""
+        path = getattr(self, self.trained)
+        return read_trained(path, self.card.name) if path else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InTraining(Attention):
+    """A learner in the place of the mechanism it trains."""
+
+    card = Card(
+        name="in_training",
+        title="A mechanism in training",
+        claim="its learner attends",
+        kind="attention",
+        family="dense",
+        phases=("prefill",),
+    )
+
+    learner: Learner
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+        """Whatever the learner gives."""
+        return Result(self.learner.attend(q, k, v, call))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained part: its tensors, the model it was trained on, the options it was trained with."""
+
+    path: str
+    mechanism: str
+    shape: ModelShape
+    options: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    def check_options(self, **mine: Any) -> None:
+        """Refuse options that differ from those of the training."""
+        for key, value in mine.items():
+            if self.options.get(key) != value:
+                raise ValueError(
+                    f"{self.path} was trained with {key}={self.options.get(key)}, "
+                    f"but {self.mechanism} has {key}={value}: they must agree"
+                )
+
+    def check_model(self, found: ModelShape) -> None:
+        """Refuse a model of another shape."""
+        if found != self.shape:
+            raise ValueError(
+                f"{self.path} was trained on a model with {_words(self.shape)}, "
+                f"but this one has {_words(found)}"
+            )
+
+
+def _words(shape: ModelShape) -> str:
+    return (
+        f"{shape.layers} layers, {shape.q_heads} query heads, {shape.kv_heads} kv heads "
+        f"of {shape.dim}"
+    )
+
+
+def write_trained(
+    path: Path, mechanism: Any, shape: ModelShape, weights: Mapping[str, Tensor]
+) -> None:
+    """Write the trained part of a mechanism, whole or not at all; OSError when that fails."""
+    draft = path.with_name(f"{path.name}.part")
+    about = {
+        "format": FORMAT,
+        "mechanism": mechanism.card.name,
+        "shape": json.dumps(shape._asdict()),
+        "options": json.dumps(asdict(mechanism)),
+    }
+    try:
+        save_file({k: x.detach().contiguous() for k, x in weights.items()}, draft, about)
+        draft.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def read_trained(path: str, mechanism: str) -> Trained:
+    """The trained part in a file, read once; ValueError when it is none of this mechanism."""
+    try:
+        stamp = Path(path).stat().st_mtime_ns
+    except OSError as error:
+        raise ValueError(f"{mechanism}: cannot read {path}: {error.strerror}") from error
+    found = _read(path, stamp)
+    if found.mechanism != mechanism:
+        raise ValueError(f"{path} was trained for {found.mechanism}, not for {mechanism}")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, stamp: int) -> Trained:
+    """A file as it was at the time `stamp`."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by `foveate train`: its format is "
+            f"{about.get('format')!r}, wanted {FORMAT!r}"
+        )
+    try:
+        shape, options = ModelShape(**json.loads(about["shape"])), json.loads(about["options"])
+        return Trained(path, about["mechanism"], shape, options, weights)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has damaged metadata: {error!r}") from error

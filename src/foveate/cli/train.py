@@ -1,0 +1,76 @@
+"""`foveate train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+
+from foveate.cli.console import app, err, out, tell
+
+
+@app.command()
+def train(
+    mechanism: Annotated[str, typer.Argument(help="name[:key=value,…] of what is to learn.")],
+    file: Annotated[Path, typer.Option("--out", help="Safetensors file for what it learned.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; default: the built-in model.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            help="UTF-8 file, repeated for several tasks; default: the Python language reference.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens read of each text.")] = 16_384,
+    window: Annotated[int, typer.Option(help="Tokens of one pass through the model.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 200,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+) -> None:
+    """Train the learned part of a mechanism (a gate, a router) on a model that stays frozen."""
+    from foveate import registry
+    from foveate.bench import train as training
+    from foveate.hf import builtin
+    from foveate.hf.text import builtin_text, encode, read_text
+
+    made = registry.create(mechanism)
+    training.check_trainable(made)
+    if window < 2 or tokens < window or steps < 1:
+        raise ValueError(
+            f"want --window >= 2, --tokens >= --window and --steps >= 1, "
+            f"got {window}, {tokens} and {steps}"
+        )
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"--out {file}: give a file in a directory that exists")
+    contents = [read_text(path) for path in texts or []] or [builtin_text()]
+    with err.status("loading the model"):
+        loaded, tokenizer = builtin.load(model, progress=err.log)
+    count = tokens // window
+    windows = [encode(tokenizer, x, count * window).view(count, window) for x in contents]
+    bar = Progress(
+        SpinnerColumn(),
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+    )
+    with bar:
+        task = bar.add_task("starting", total=None)
+        result = training.train(
+            loaded,
+            made,
+            windows,
+            steps=steps,
+            lr=lr,
+            progress=lambda stage, done, total: bar.update(
+                task, description=stage, completed=done, total=total
+            ),
+        )
+    result.write(file)
+    tell(f"trained: loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}, kept in {file}")
+    slots = made.card.name + f":{made.trained}={file}"
+    out.print(f'foveate.attach(model, prefill="{slots}")', markup=False, soft_wrap=True)
