@@ -47,9 +47,10 @@ __all__ = [
 class Attention:
     """A mechanism `(q, k, v, *, causal, mask, scale, call) -> out`; its fields are its options.
 
-    Where it does not act (below `min_len` keys, in `dense_layers`, in a phase that is not on its
-    card) it is dense attention. Padded rows are run one by one without their padding, so that a
-    row never depends on its batch mates; so are all rows of a mechanism that keeps state.
+    Where it does not act (below `min_len` keys, in `dense_layers`, in the first `dense_steps`
+    denoising steps, in a phase that is not on its card) it is dense attention. Padded rows are run
+    one by one without their padding, so that a row never depends on its batch mates; so are all
+    rows of a mechanism that keeps state.
     """
 
     card: ClassVar[Card]
@@ -57,6 +58,7 @@ class Attention:
 
     min_len: int = 0
     dense_layers: tuple[int, ...] = ()
+    dense_steps: int = 0
 
     def __call__(
         self,
@@ -99,9 +101,12 @@ class Attention:
         """One call without padding: the mechanism where it acts, dense attention elsewhere."""
         if not self.acts(k.shape[2], call):
             return dense_result(q, k, v, call).out
-        if not call.causal and all(p.startswith("causal") for p in self.card.patterns):
+        direction = "causal" if call.causal else "noncausal"
+        if all(not pattern.startswith(direction) for pattern in self.card.patterns):
+            made_for = "noncausal" if call.causal else "causal"
             raise ValueError(
-                f"{self.card.name} is defined for causal attention only, got causal=False"
+                f"{self.card.name} is defined for {made_for} attention only, "
+                f"got causal={call.causal}"
             )
         result = self.compute(q, k, v, call)
         if call.record is not None:
@@ -111,7 +116,8 @@ class Attention:
     def acts(self, k_len: int, call: Call) -> bool:
         """Whether the mechanism itself runs, not dense attention in its place."""
         here = call.layer not in {x % call.layers for x in self.dense_layers}
-        return here and k_len >= self.min_len and call.phase in self.card.phases
+        now = call.step >= self.dense_steps and call.phase in self.card.phases
+        return here and now and k_len >= self.min_len
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """The mechanism proper; lse and layout are wanted when `call.record` is set."""

@@ -38,6 +38,17 @@ def covering(cls: Any) -> Attention:
     return small(cls, **cls.card.full)
 
 
+def directed(cls: Any) -> bool:
+    """Whether the mechanism is called causally: unless it is made for both sides only."""
+    return any(pattern.startswith("causal") for pattern in cls.card.patterns)
+
+
+def needs_direction(cls: Any) -> None:
+    """Raise Unfit when the mechanism is not causal."""
+    if not directed(cls):
+        raise Unfit("attends to both sides: later tokens are meant to be seen")
+
+
 def needs(cls: Any, phase: str) -> None:
     """Raise Unfit when the mechanism does not act in a phase."""
     if phase not in cls.card.phases:
@@ -68,10 +79,21 @@ def _last(q: Tensor, valid: Tensor | None, start: int) -> Tensor:
     return torch.stack([q[b, :, end : end + 1] for b, end in enumerate(ends)])
 
 
+def prefilled(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: ops.Mask | None = None, **options: Any
+) -> Tensor:
+    """A whole prefill; of a mechanism that keeps state the second of two denoising steps."""
+    memory = Memory()
+    for step in range(2 if attn.stateful else 1):
+        call = Call(layer=3, layers=4, memory=memory, step=step, **options)
+        out = attn(q, k, v, causal=directed(attn), mask=mask, call=call)
+    return out
+
+
 def result(attn: Attention, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """A whole prefill where the mechanism acts in prefill, else the last `STEPS` decoded."""
     if "prefill" in attn.card.phases:
-        return attn(q, k, v, call=Call(layer=3, layers=4, valid=valid))
+        return prefilled(attn, q, k, v, valid=valid)
     return stepwise(attn, q, k, v, valid)
 
 
@@ -89,7 +111,8 @@ def acts(cls: Any) -> None:
         raise Unfit("is exact: it equals dense attention")
     attn, tensors = small(cls), inputs()
     got = result(attn, *tensors)
-    gap = float((got - ops.attend(*tensors, causal=True)[:, :, -got.shape[2] :]).abs().max())
+    dense = ops.attend(*tensors, causal=directed(cls))[:, :, -got.shape[2] :]
+    gap = float((got - dense).abs().max())
     if gap < 1e-3:
         raise Fault(f"the options for the audit leave nothing out (gap {gap:.1e})")
 
@@ -97,12 +120,11 @@ def acts(cls: Any) -> None:
 def full_budget(cls: Any) -> None:
     """With an all-covering budget it equals dense attention, for a ragged chunk too."""
     attn, (q, k, v) = covering(cls), inputs()
-    dense = ops.attend(q, k, v, causal=True)
+    dense = ops.attend(q, k, v, causal=directed(cls))
     got = result(attn, q, k, v)
     close(got, dense[:, :, -got.shape[2] :])
     if "prefill" in cls.card.phases:
-        chunk = attn(q[:, :, -50:], k, v, call=Call(layer=3, layers=4))
-        close(chunk, dense[:, :, -50:])
+        close(prefilled(attn, q[:, :, -50:], k, v), dense[:, :, -50:])
 
 
 def decode_is_prefill(cls: Any) -> None:
@@ -165,6 +187,7 @@ def batch(cls: Any) -> None:
 def no_look_ahead(cls: Any) -> None:
     """Later values carry no weight."""
     needs(cls, "prefill")
+    needs_direction(cls)
     attn, (q, k, v) = small(cls), inputs()
     before = result(attn, q, k, v)
     v = v.clone()
@@ -175,6 +198,7 @@ def no_look_ahead(cls: Any) -> None:
 def choice_without_look_ahead(cls: Any) -> None:
     """Later tokens do not change what a query reads."""
     needs(cls, "prefill")
+    needs_direction(cls)
     if not cls.card.selection_causal:
         raise Unfit("its card says that the choice sees later tokens")
     attn, tensors = small(cls), inputs()
@@ -190,17 +214,15 @@ def mask_honoured(cls: Any) -> None:
     attn, (q, k, v) = small(cls), inputs()
     hidden = torch.zeros(LENGTH, dtype=torch.bool)
     hidden[::3] = True
-    mask = ops.dense((~hidden).expand(LENGTH, LENGTH))
-    phase = "prefill" if "prefill" in cls.card.phases else "decode"
-    rows = slice(None) if phase == "prefill" else slice(LENGTH - 1, None)
-    call = Call(layer=3, layers=4, phase=phase)
-    before = attn(q[:, :, rows], k, v, mask=mask, call=call)
+    visible = (~hidden).repeat(LENGTH, 1)
+    visible[0] = False
+    before = _whole_or_last(attn, q, k, v, ops.dense(visible))
     v = v.clone()
     v[:, :, hidden] += 100
-    close(attn(q[:, :, rows], k, v, mask=mask, call=call), before)
+    close(_whole_or_last(attn, q, k, v, ops.dense(visible)), before)
     if not torch.isfinite(before).all():
         raise Fault("a row gives NaN or infinity")
-    if phase == "prefill" and before[:, :, 0].abs().max() > 0:
+    if before.shape[2] > 1 and before[:, :, 0].abs().max() > 0:
         raise Fault("the first row sees no key but gives something other than 0")
 
 
@@ -208,11 +230,18 @@ def softcap(cls: Any) -> None:
     """A cap on the logits is honoured."""
     attn = covering(cls) if cls.card.full else small(cls)
     q, k, v = inputs()
-    phase = "prefill" if "prefill" in cls.card.phases else "decode"
-    rows = slice(None) if phase == "prefill" else slice(LENGTH - 1, None)
-    call = Call(layer=3, layers=4, phase=phase, softcap=2.0)
-    expected = ops.attend(q[:, :, rows], k, v, causal=True, softcap=2.0)
-    close(attn(q[:, :, rows], k, v, call=call), expected)
+    got = _whole_or_last(attn, q, k, v, softcap=2.0)
+    dense = ops.attend(q, k, v, causal=directed(cls), softcap=2.0)
+    close(got, dense[:, :, -got.shape[2] :])
+
+
+def _whole_or_last(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: ops.Mask | None = None, **options: Any
+) -> Tensor:
+    """A whole prefill where the mechanism acts in prefill, else its last query decoded."""
+    if "prefill" in attn.card.phases:
+        return prefilled(attn, q, k, v, mask, **options)
+    return prefilled(attn, q[:, :, -1:], k, v, mask, phase="decode", **options)
 
 
 def gradients(cls: Any) -> None:
