@@ -152,3 +152,18 @@ def test_force_adds_first_local_and_last_rows(seed, first, local, last_rows):
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.rand(2, 3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases, st.sampled_from(["include", "exclude"]), st.integers(0, 10**6))
+def test_top_p_takes_a_share_per_head(case, crossing, seed):
+    scores, visible = drawn(case)
+    heads = scores.shape[1]
+    make = torch.Generator().manual_seed(seed)
+    shares = torch.rand(heads, generator=make) * 1.5 + 0.01
+    got = ops.top_p(scores, shares[:, None], crossing=crossing, visible=visible)
+    for h in range(heads):
+        alone = ops.top_p(
+            scores[:, h : h + 1], float(shares[h]), crossing=crossing, visible=visible[:, h : h + 1]
+        )
+        assert torch.equal(got[:, h : h + 1], alone)

@@ -31,7 +31,7 @@ def top_k(scores: Tensor, k: int | Tensor, *, visible: Tensor | None = None) -> 
 
 def top_p(
     probs: Tensor,
-    p: float,
+    p: float | Tensor,
     *,
     crossing: str = "include",
     scope: str = "row",
@@ -41,16 +41,18 @@ def top_p(
 
     The entry that crosses p is kept with crossing "include", dropped with "exclude" (at least one
     entry always stays). scope "row" decides per row, "head" over all rows of a head at once.
-    p >= 1 keeps everything visible.
+    p >= 1 keeps everything visible; a tensor p broadcasts to the rows (…, nQ), in scope "head" to
+    the heads (…).
     """
     if crossing not in ("include", "exclude") or scope not in ("row", "head"):
         raise ValueError(
             f"crossing must be include or exclude, scope row or head; got {crossing!r}, {scope!r}"
         )
-    if p <= 0:
+    share = torch.as_tensor(p, dtype=probs.dtype, device=probs.device)[..., None]
+    if bool((share <= 0).any()):
         raise ValueError(f"p must be above 0, got {p}")
     seen = _visible(probs, visible)
-    if p >= 1:
+    if bool((share >= 1).all()):
         return seen.clone()
     mass = probs.masked_fill(~seen, -1.0)
     if scope == "head":
@@ -59,9 +61,11 @@ def top_p(
     ranked = ranked.clamp_min(0.0)
     total = ranked.sum(-1, keepdim=True)
     after = ranked.cumsum(-1)
-    kept = (after - ranked < p * total) if crossing == "include" else (after <= p * total)
+    least = share * total
+    kept = (after - ranked < least) if crossing == "include" else (after <= least)
     kept &= ranked > 0
     kept[..., 0] = True
+    kept |= share >= 1
     out = torch.zeros_like(kept).scatter_(-1, order, kept)
     return out.view_as(probs) & seen
 
