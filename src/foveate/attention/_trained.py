@@ -57,6 +57,10 @@ class Learner(nn.Module):
         """
         raise NotImplementedError
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is kept of it in a file."""
+        return dict(self.state_dict())
+
 
 class Trainable:
     """A mechanism with a trained part, kept in the file its option `trained` names ("": none)."""
@@ -67,7 +71,7 @@ class Trainable:
     card: ClassVar[Card]
 
     def learner(self, shape: ModelShape) -> Learner:
-        """The part as it is before training; its state dict is what the file holds."""
+        """The part as it is before training; its `weights` are what the file holds."""
         raise NotImplementedError
 
     def read(self) -> Trained | None:

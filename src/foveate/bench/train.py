@@ -39,7 +39,7 @@ class Training:
 
     def write(self, path: Path) -> None:
         """Keep the trained part in a safetensors file; OSError when it cannot be written."""
-        write_trained(path, self.mechanism, self.shape, self.learner.state_dict())
+        write_trained(path, self.mechanism, self.shape, self.learner.weights())
 
 
 def train(
