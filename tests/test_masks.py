@@ -19,8 +19,18 @@ RULES = {
     "causal": (ops.causal(), lambda b, h, q, k: k <= q),
     "window": (ops.window(5), lambda b, h, q, k: abs(q - k) < 5),
     "window per head": (ops.window(SIZES), lambda b, h, q, k: abs(q - k) < SIZES[h]),
+    "window of blocks": (ops.window(2, block=5), lambda b, h, q, k: abs(q // 5 - k // 5) < 2),
+    "window of blocks per head": (
+        ops.window(SIZES, block=3),
+        lambda b, h, q, k: abs(q // 3 - k // 3) < SIZES[h],
+    ),
     "sinks": (ops.sinks(3), lambda b, h, q, k: k < 3),
     "sinks per head": (ops.sinks(SIZES), lambda b, h, q, k: k < SIZES[h]),
+    "global tokens": (
+        ops.global_tokens(4, 9),
+        lambda b, h, q, k: 4 <= q < 9 or 4 <= k < 9,
+    ),
+    "no global tokens": (ops.global_tokens(4, 4), lambda b, h, q, k: False),
     "documents": (ops.documents(IDS), lambda b, h, q, k: IDS[b, q] == IDS[b, k]),
     "unordered groups": (ops.groups(MIXED), lambda b, h, q, k: MIXED[q] == MIXED[k]),
     "linked groups": (ops.groups(MIXED, LINKS), lambda b, h, q, k: LINKS[MIXED[q], MIXED[k]]),

@@ -9,7 +9,7 @@ from foveate.ops.api import attend, block_sparse, gather
 from foveate.ops.attend_quantized import attend_quantized
 from foveate.ops.backend import backend
 from foveate.ops.elementwise_scan import elementwise_scan
-from foveate.ops.grids import disc, neighborhood, radial, strided
+from foveate.ops.grids import disc, global_tokens, neighborhood, radial, strided
 from foveate.ops.hadamard import hadamard
 from foveate.ops.layout import (
     BlockLayout,
@@ -61,6 +61,7 @@ __all__ = [
     "from_mask",
     "full_layout",
     "gather",
+    "global_tokens",
     "grouped_logits",
     "groups",
     "hadamard",

@@ -151,6 +151,27 @@ def radial(frames: int, tokens_per_frame: int, *, sink: bool = True, start: int 
     return grid.mask(seen, certain, f"radial({frames}, {tokens_per_frame})")
 
 
+def global_tokens(start: int, end: int) -> Mask:
+    """Tokens at positions [start, end) see all others and are seen by all others."""
+    if not 0 <= start <= end:
+        raise ValueError(f"global tokens need 0 <= start <= end, got {start} and {end}")
+
+    def inside(pos: Tensor) -> Tensor:
+        return (start <= pos) & (pos < end)
+
+    def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
+        q_lo, q_hi, k_lo, k_hi = tile
+        touched = ((q_lo < end) & (q_hi >= start)) | ((k_lo < end) & (k_hi >= start))
+        every = (inside(q_lo) & inside(q_hi)) | (inside(k_lo) & inside(k_hi))
+        return touched & (start < end), every
+
+    return Mask(
+        lambda b, h, q, k: inside(q) | inside(k),
+        bounds,
+        name=f"global_tokens({start}, {end})",
+    )
+
+
 class _Grid(NamedTuple):
     """A grid whose tokens lie in row-major order from position `start` on."""
 
