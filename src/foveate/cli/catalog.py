@@ -49,8 +49,16 @@ def show(name: str) -> None:
         value = getattr(card, key)
         lines.append((key, ", ".join(value) if isinstance(value, tuple) else str(value)))
     out.print(grid(("card", ""), lines))
-    options = [(f.name, str(f.type), str(f.default)) for f in dataclasses.fields(cls)]
-    out.print(grid(("option", "type", "default"), options))
+    out.print(grid(("option", "type", "default"), _options(cls)))
+
+
+def _options(cls: type) -> list[tuple[str, str, str]]:
+    """What a mechanism takes when it is made: name, type and default."""
+    if dataclasses.is_dataclass(cls):
+        return [(f.name, str(f.type), str(f.default)) for f in dataclasses.fields(cls)]
+    taken = inspect.signature(cls).parameters.values()
+    none = inspect.Parameter.empty
+    return [(p.name, str(p.annotation), "" if p.default is none else str(p.default)) for p in taken]
 
 
 @app.command()
