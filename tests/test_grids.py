@@ -78,6 +78,9 @@ MASKS = {
     "full plane": (ops.neighborhood((6, 10), (6, 10)), 60),
     "box": (ops.neighborhood((3, 4, 5), (2, 3, 5), stride=(1, 3, 2), causal=(True, False, False)),
             60),
+    "tiled plane": (ops.neighborhood((6, 10), (3, 5), tile=(3, 2)), 60),
+    "tiled box": (ops.neighborhood((3, 4, 5), (2, 2, 5), dilation=(1, 2, 1), tile=(3, 2, 1)), 60),
+    "tiled circle": (ops.disc((5, 8), 2.5, start=9, tile=(5, 2)), 60),
     "circle": (ops.disc((6, 10), 2.5), 60),
     "late ball": (ops.disc((3, 3, 5), 2, start=10), 60),
     "everything": (ops.disc((6, 10), 99.0), 60),
@@ -284,6 +287,36 @@ def test_interior_of_a_disc_counts_the_lattice_points():
     assert visible(ops.disc((6, 10), math.hypot(5, 9) + 0.1), 60).all()
 
 
+@pytest.mark.parametrize(("shape", "tile"), [((6, 10), (3, 5)), ((2, 4, 6), (2, 2, 3)), (12, (4,))])
+def test_tile_order_lists_tile_after_tile(shape, tile):
+    sizes = (shape,) if isinstance(shape, int) else shape
+    order = ops.tile_order(shape, tile)
+    assert torch.equal(order.sort().values, torch.arange(math.prod(sizes)))
+    at = torch.tensor(coordinates(sizes))[order] // torch.tensor(tile)
+    for part in at.split(math.prod(tile)):
+        assert (part == part[0]).all()
+    assert (order.view(-1, math.prod(tile)).diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: ops.neighborhood((6, 10), (3, 5), stride=2, causal=(True, False), **o),
+        lambda **o: ops.disc((6, 10), 2.5, **o),
+    ],
+)
+def test_masks_in_tile_order_show_the_same_pairs(make):
+    order = ops.tile_order((6, 10), (2, 5))
+    seen = visible(make(), 60)[0][order][:, order]
+    assert torch.equal(visible(make(tile=(2, 5)), 60)[0], seen)
+
+
+def test_blocks_that_are_tiles_hold_more_of_a_neighborhood():
+    tiled = ops.neighborhood((32, 32), 9, tile=(4, 4)).to_layout(1024, 1024, 16)
+    rows = ops.neighborhood((32, 32), 9).to_layout(1024, 1024, 16)
+    assert tiled.density(False) < 0.7 * rows.density(False)
+
+
 def test_a_grid_may_begin_after_text():
     seen = visible(ops.disc((4, 5), 2, start=3), 25)[0]
     assert not seen[:3].any() and not seen[:, :3].any() and not seen[23:].any()
@@ -341,6 +374,9 @@ def test_radial_work_grows_like_frames_times_log_frames():
         (lambda: ops.neighborhood(8, 3, dilation=3), ValueError, "window 3 and dilation 3"),
         (lambda: ops.neighborhood(8, 3, stride=4), ValueError, "stride .* window 3, got 4"),
         (lambda: ops.neighborhood(8, 0), ValueError, "window must be at least 1, got 0"),
+        (lambda: ops.disc((4, 6), 2, tile=(4, 4)), ValueError, r"tile must divide the grid \(4, 6"),
+        (lambda: ops.tile_order((4, 6), (2,)), ValueError, "tile must divide the grid"),
+        (lambda: ops.global_tokens(4, 2), ValueError, "start <= end, got 4 and 2"),
         (lambda: ops.disc((4, 4), 0), ValueError, "radius must be above 0, got 0"),
         (lambda: ops.disc((4, 4), 2, start=-1), ValueError, "start must be at least 0, got -1"),
         (lambda: ops.radial(0, 4), ValueError, "frames must be at least 1, got 0"),

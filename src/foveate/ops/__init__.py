@@ -9,7 +9,7 @@ from foveate.ops.api import attend, block_sparse, gather
 from foveate.ops.attend_quantized import attend_quantized
 from foveate.ops.backend import backend
 from foveate.ops.elementwise_scan import elementwise_scan
-from foveate.ops.grids import disc, global_tokens, neighborhood, radial, strided
+from foveate.ops.grids import disc, global_tokens, neighborhood, radial, strided, tile_order
 from foveate.ops.hadamard import hadamard
 from foveate.ops.layout import (
     BlockLayout,
@@ -79,6 +79,7 @@ __all__ = [
     "sinks",
     "strided",
     "threshold",
+    "tile_order",
     "token_scores",
     "top_k",
     "top_p",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
 from operator import add, and_
@@ -59,18 +59,19 @@ def neighborhood(
     dilation: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
     start: int = 0,
+    tile: tuple[int, ...] | None = None,
 ) -> Mask:
     """Each token sees `window` tokens per axis around it on a grid of 1 to 3 axes.
 
     Windows are shifted at borders, not clipped, so every query sees exactly `window` keys per axis;
     the `stride` queries of a group share one window; with `dilation` t only every t-th token
     counts; on a causal axis the window ends at the query (and is clipped). Options may be given per
-    axis; the grid begins at position `start`, and what lies off it neither sees nor is seen.
-    (Generalized neighborhood attention, 2025; with stride 1 that of fused neighborhood
-    attention, 2024.) Raises ValueError where the rules
+    axis; the grid begins at position `start`, and what lies off it neither sees nor is seen; with
+    `tile` its tokens lie in the order of `tile_order`. (Generalized neighborhood attention, 2025;
+    with stride 1 that of fused neighborhood attention, 2024.) Raises ValueError where the rules
     stride <= window and window * dilation <= length are broken.
     """
-    grid = _Grid.of(shape, start)
+    grid = _Grid.of(shape, start, tile)
     axes = [
         _Axis(*sizes)
         for sizes in zip(
@@ -97,13 +98,19 @@ def neighborhood(
     return grid.mask(seen, certain, f"neighborhood({shape}, {window})")
 
 
-def disc(shape: int | tuple[int, ...], radius: float, *, start: int = 0) -> Mask:
+def disc(
+    shape: int | tuple[int, ...],
+    radius: float,
+    *,
+    start: int = 0,
+    tile: tuple[int, ...] | None = None,
+) -> Mask:
     """Each token sees the tokens at Euclidean distance below `radius` on a grid of 1 to 3 axes.
 
     The disc is clipped at borders; the grid begins at position `start`, what lies off it neither
-    sees nor is seen. (CLEAR, 2024.)
+    sees nor is seen; with `tile` its tokens lie in the order of `tile_order`. (CLEAR, 2024.)
     """
-    grid = _Grid.of(shape, start)
+    grid = _Grid.of(shape, start, tile)
     if not radius > 0:
         raise ValueError(f"radius must be above 0, got {radius}")
 
@@ -172,14 +179,30 @@ def global_tokens(start: int, end: int) -> Mask:
     )
 
 
+def tile_order(shape: int | tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
+    """The tokens of a grid tile by tile: row-major numbers (prod(shape),), ascending in each tile.
+
+    Neighbours on several axes then lie close together, so that few blocks hold a neighborhood.
+    Raises ValueError where a tile does not divide the grid.
+    """
+    grid = _Grid.of(shape, 0, tile)
+    order = torch.zeros(prod(grid.shape), dtype=torch.long)
+    for at, size in zip(grid.coords(torch.arange(len(order))), grid.shape, strict=True):
+        order = order * size + at
+    return order
+
+
 class _Grid(NamedTuple):
-    """A grid whose tokens lie in row-major order from position `start` on."""
+    """A grid whose tokens lie tile by tile from position `start` on, row-major on both levels."""
 
     shape: tuple[int, ...]
     start: int
+    tile: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: int | tuple[int, ...], start: int) -> _Grid:
+    def of(
+        cls, shape: int | tuple[int, ...], start: int, tile: tuple[int, ...] | None = None
+    ) -> _Grid:
         sizes = (shape,) if isinstance(shape, int) else tuple(shape)
         if not 1 <= len(sizes) <= 3:
             raise ValueError(f"shape must have 1 to 3 axes, got {shape}")
@@ -187,26 +210,45 @@ class _Grid(NamedTuple):
             check_block("shape", size)
         if start < 0:
             raise ValueError(f"start must be at least 0, got {start}")
-        return cls(sizes, start)
+        tile = sizes if tile is None else tile
+        if len(tile) != len(sizes) or any(
+            t < 1 or n % t for n, t in zip(sizes, tile, strict=False)
+        ):
+            raise ValueError(f"tile must divide the grid {sizes} on every axis, got {tile}")
+        return cls(sizes, start, tile)
 
-    def inner(self, axis: int) -> int:
-        """Tokens from one coordinate of an axis to the next."""
-        return prod(self.shape[axis + 1 :])
+    @property
+    def tiles(self) -> list[int]:
+        """Tiles on every axis."""
+        return [n // t for n, t in zip(self.shape, self.tile, strict=True)]
+
+    def split(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of the tile that holds a position, and the place in it."""
+        at = (pos - self.start).clamp(0, prod(self.shape) - 1)
+        if self.tile == self.shape:
+            return torch.zeros_like(at), at
+        return at // prod(self.tile), at % prod(self.tile)
 
     def coords(self, pos: Tensor) -> Coords:
         """Coordinates of positions; those off the grid are moved onto it."""
-        at = (pos - self.start).clamp(0, prod(self.shape) - 1)
-        return [at // self.inner(n) % size for n, size in enumerate(self.shape)]
+        number, place = self.split(pos)
+        if self.tile == self.shape:
+            return _unravel(place, self.shape)
+        levels = zip(
+            _unravel(number, self.tiles), self.tile, _unravel(place, self.tile), strict=True
+        )
+        return [i * t + j for i, t, j in levels]
 
     def hull(self, lo: Tensor, hi: Tensor) -> Hull:
         """On every axis the lowest and highest coordinate of the positions lo to hi."""
-        first, last = ((x - self.start).clamp(0, prod(self.shape) - 1) for x in (lo, hi))
-        out = []
-        for n, size in enumerate(self.shape):
-            a, b = first // self.inner(n), last // self.inner(n)
-            within = a // size == b // size  # else the axis wraps around on the way
-            out.append((torch.where(within, a % size, 0), torch.where(within, b % size, size - 1)))
-        return out
+        (first, lo), (last, hi) = self.split(lo), self.split(hi)
+        several = first != last  # of these all is taken
+        lo = torch.where(several, 0, lo)
+        hi = torch.where(several, prod(self.tile) - 1, hi)
+        levels = zip(
+            _spans(first, last, self.tiles), self.tile, _spans(lo, hi, self.tile), strict=True
+        )
+        return [(i * t + a, j * t + b) for (i, j), t, (a, b) in levels]
 
     def mask(
         self,
@@ -229,6 +271,25 @@ class _Grid(NamedTuple):
             return some & touched, every & inside
 
         return Mask(predicate, bounds, name=name)
+
+
+def _unravel(number: Tensor, sizes: Sequence[int]) -> Coords:
+    """Coordinates of a row-major number."""
+    coords = []
+    for size in reversed(sizes[1:]):
+        coords.append(number % size)
+        number = number // size
+    return [number, *reversed(coords)]
+
+
+def _spans(first: Tensor, last: Tensor, sizes: Sequence[int]) -> Hull:
+    """On every axis the lowest and highest coordinate of the row-major numbers first to last."""
+    out = []
+    for n, size in enumerate(sizes):
+        a, b = first // prod(sizes[n + 1 :]), last // prod(sizes[n + 1 :])
+        within = a // size == b // size  # else the axis wraps around on the way
+        out.append((torch.where(within, a % size, 0), torch.where(within, b % size, size - 1)))
+    return out
 
 
 class _Axis(NamedTuple):
@@ -272,13 +333,19 @@ class _Axis(NamedTuple):
 
     def certain(self, i: tuple[Tensor, Tensor], j: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What is certain of query coordinates i[0] to i[1] and key coordinates j[0] to j[1]."""
-        t = self.dilation
-        # Residue classes differ in length by one: the shortest has the lowest reach.
-        first, last = self.reach(i[0] // t, self.length // t)
-        late_first, late_last = self.reach(i[1] // t, -(-self.length // t))
-        some = (first <= j[1] // t) & (j[0] // t <= late_last)
-        every = (late_first <= j[0]) & (j[1] <= last)
-        return some, every if t == 1 else torch.zeros_like(every)
+        t, some = self.dilation, torch.zeros((), dtype=torch.bool, device=i[0].device)
+        for residue in range(t):
+            # First and last member of the residue class in a range.
+            (i_lo, i_hi), (j_lo, j_hi) = (
+                ((lo - residue + t - 1) // t, (hi - residue) // t) for lo, hi in (i, j)
+            )
+            length = (self.length - residue + t - 1) // t
+            first, last = self.reach(i_lo, length)[0], self.reach(i_hi, length)[1]
+            some = some | ((i_lo <= i_hi) & (j_lo <= j_hi) & (first <= j_hi) & (j_lo <= last))
+        if t > 1:
+            return some, some & (i[0] == i[1]) & (j[0] == j[1])
+        first, last = self.reach(i[1], self.length)[0], self.reach(i[0], self.length)[1]
+        return some, (first <= j[0]) & (j[1] <= last)
 
 
 def _per_axis(name: str, value: T | tuple[T, ...], grid: _Grid) -> tuple[T, ...]:
