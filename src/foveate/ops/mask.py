@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foveate.ops.shapes import positions
+from foveate.ops.shapes import check_block, positions
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -222,21 +222,28 @@ def _per_head(n: int | Tensor, name: str) -> tuple[Callable[[Tensor], int | Tens
     return (lambda h: n), 1
 
 
-def window(n: int | Tensor) -> Mask:
-    """A query sees keys at distance below `n`, before and behind; (heads,) gives each its own."""
+def window(n: int | Tensor, *, block: int = 1) -> Mask:
+    """A query sees keys at distance below `n`, before and behind; (heads,) gives each its own.
+
+    Distances are those of blocks of `block` positions, cut on absolute positions.
+    """
     size, heads = _per_head(n, "window")
+    check_block("block", block)
 
     def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
-        q_lo, q_hi, k_lo, k_hi = tile
+        q_lo, q_hi, k_lo, k_hi = (x // block for x in tile)
         w = size(h)
         return (k_lo - q_hi < w) & (q_lo - k_hi < w), (k_hi - q_lo < w) & (q_hi - k_lo < w)
 
+    def runs(b: Tensor, h: Tensor, q: Tensor) -> Tensor:
+        return _run((q // block - size(h) + 1) * block, (q // block + size(h)) * block, q)
+
     return Mask(
-        lambda b, h, q, k: (q - k).abs() < size(h),
+        lambda b, h, q, k: (q // block - k // block).abs() < size(h),
         bounds,
         heads=heads,
-        name=f"window({n})",
-        runs=lambda b, h, q: _run(q - size(h) + 1, q + size(h), q),
+        name=f"window({n})" if block == 1 else f"window({n}, block={block})",
+        runs=runs,
     )
 
 

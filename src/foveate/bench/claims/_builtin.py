@@ -40,12 +40,13 @@ def text_ids(tokens: int, skip: int = 0) -> Tensor:
     return encode(loaded()[1], builtin_text(), skip + tokens)[:, skip:]
 
 
+@torch.inference_mode()
 def judge(tokens: int, mechanism: Any, scored: int = 256) -> Judged:
     """Quality of a prefill of `tokens` of the text under a mechanism (a spec, plan or object)."""
     model, _ = loaded()
     ids, dense = text_ids(tokens + 1), dense_logits(tokens, scored)
     record = Recording(-1, 0)
-    with torch.inference_mode(), attach(model, prefill=mechanism) as attached:
+    with attach(model, prefill=mechanism) as attached:
         attached.record = record
         hidden = body(model)(ids[:, :-1], use_cache=False).last_hidden_state[0]
     loss = perplexity(model, hidden, ids[0, 1:])
