@@ -26,6 +26,7 @@ from foveate.bench.runs import (
 from foveate.bench.store import SCHEMA, Json, Results, now
 from foveate.bench.summary import summarise
 from foveate.hf.plan import attention_plan, cache_plan, python_line, slots_of
+from foveate.hf.planfile import load_plan
 from foveate.hf.text import encode
 from foveate.ops import full_layout
 from foveate.registry import create, spec_of
@@ -89,6 +90,8 @@ class Comparison:
         self.specs = list(dict.fromkeys(["dense", *specs]))
         layers = body(model).config.num_hidden_layers
         self.slots = {spec: _slots(spec, layers) for spec in self.specs}
+        for path in {slots["plan"] for slots in self.slots.values() if "plan" in slots}:
+            load_plan(path).fit(model, path)
         self.ids = encode(tokenizer, text, settings.tokens + settings.decode_tokens + 1)
         self.hay = encode(tokenizer, text, settings.needle_tokens)
         self.results = Results.open(folder, self._frame(command), fresh)
@@ -239,21 +242,30 @@ def _slots(spec: str, layers: int) -> dict[str, str]:
     """The slots of a spec, checked against the model before anything runs."""
     slots = {} if spec == "dense" else slots_of(spec)
     for slot, value in slots.items():
+        if slot == "plan":
+            load_plan(value)
+            continue
         (cache_plan(value, layers) if slot == "cache" else attention_plan(slot, value, layers))
     return slots
 
 
 def _entry(spec: str, slots: dict[str, str]) -> Json:
-    made = [create(value) for value in (slots.values() if slots else ["dense"])]
-    cards = list(dict.fromkeys(m.card.name for m in made))
-    first = made[0].card
+    made = {slot: create(value) for slot, value in slots.items() if slot != "plan"}
+    shown = {slot: spec_of(m) for slot, m in made.items()}
+    parts = list(made.values()) or ([] if "plan" in slots else [create("dense")])
+    titles = list(dict.fromkeys(m.card.title for m in parts))
+    if "plan" in slots:
+        shown = {"prefill": f"plan={slots['plan']}"} | shown
+        titles = ["A plan for every layer and head", *titles]
+        parts += load_plan(slots["plan"]).mechanisms()
+    only = parts[0].card if len(titles) == 1 and "plan" not in slots else None
     return {
         "spec": spec,
-        "slots": {slot: spec_of(m) for slot, m in zip(slots, made, strict=False)},
-        "title": first.title if len(cards) == 1 else " with ".join(m.card.title for m in made),
-        "year": first.year,
-        "paper": first.paper,
-        "selection_causal": all(m.card.selection_causal for m in made),
+        "slots": shown,
+        "title": " with ".join(titles),
+        "year": only and only.year,
+        "paper": only and only.paper,
+        "selection_causal": all(m.card.selection_causal for m in parts),
         "python": python_line(slots),
     }
 

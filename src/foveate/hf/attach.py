@@ -20,6 +20,7 @@ from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import PolicyLayer
 from foveate.hf.masks import layer_mask, understand
 from foveate.hf.plan import attention_plan, cache_plan
+from foveate.hf.planfile import Plan, load_plan
 from foveate.registry import create
 
 _NAME = "foveate"
@@ -28,15 +29,24 @@ _attached: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDic
 _FOREIGN = ("s_aux", "position_bias")
 
 
-def attach(model: Any, *, prefill: Any = None, decode: Any = None, cache: Any = None) -> Attachment:
+def attach(
+    model: Any, *, prefill: Any = None, decode: Any = None, cache: Any = None, plan: Any = None
+) -> Attachment:
     """Run mechanisms inside a transformers decoder; use as a context manager or call `detach`.
 
     Each slot takes a mechanism, a name, a `name:key=value,…` string, a list with one entry per
     layer (an entry may be a list with one per kv head) or a dict {layer: entry}; None is dense
-    attention and a full cache. Layers with a sliding window of the model's own keep it: no slot
+    attention and a full cache. `plan`, a file that `foveate tune` wrote, fills the slot prefill.
+    Layers with a sliding window of the model's own keep it: no slot
     acts on them. Raises TypeError for what is no suitable mechanism or model and
     RuntimeError when the model is already attached. On exit the model is exactly as before.
     """
+    if plan is not None:
+        if prefill is not None:
+            raise ValueError("a plan fills the slot prefill: give the one or the other")
+        made = plan if isinstance(plan, Plan) else load_plan(plan)
+        made.fit(model, "the plan" if made is plan else str(plan))
+        prefill = made.prefill
     return Attachment(model, prefill, decode, cache)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.attention.base import Attention, Call, Result
+from foveate.attention.base import Attention, Call, Record, Result
 from foveate.cache.base import CachePolicy
 from foveate.registry import Card, create, lookup
 
 SLOTS = ("prefill", "decode", "cache")
+# A plan in a file stands in the place of a slot.
+_NAMED = (*SLOTS, "plan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +34,15 @@ class PerHead(Attention):
     heads: tuple[Attention, ...] = ()
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
-        """Run every distinct mechanism on its heads."""
+        """Run every distinct mechanism on its heads; what they record is told as one."""
         if len(self.heads) != k.shape[1]:
             raise ValueError(f"the plan names {len(self.heads)} kv heads, k has {k.shape[1]}")
         group = q.shape[1] // k.shape[1]
         out = q.new_empty(*q.shape[:3], v.shape[3])
+        report, call.record, held = call.record, None, []
         for mechanism in dict.fromkeys(self.heads):
+            told: list[Record] = []
+            own_call = dataclasses.replace(call, record=told.append if report else None)
             at = torch.tensor([i for i, m in enumerate(self.heads) if m == mechanism])
             rows = (at[:, None] * group + torch.arange(group)).flatten()
             part = (q[:, rows], k[:, at], v[:, at])
@@ -45,8 +51,19 @@ class PerHead(Attention):
                     "a plan per head cannot be joined with a mask that differs by head"
                 )
             own: dict[str, Any] = {"causal": call.causal, "mask": call.mask, "scale": call.scale}
-            out[:, rows] = mechanism(*part, **own, call=call)
+            out[:, rows] = mechanism(*part, **own, call=own_call)
+            held += [(len(at), record) for record in told[-1:]]
+        if report and held:
+            report(_together(held, len(self.heads)))
         return Result(out)
+
+
+def _together(held: list[tuple[int, Record]], heads: int) -> Record:
+    """One record of what mechanisms did on some of the heads each; the picture is the first's."""
+    dense = heads - sum(count for count, _ in held)
+    density = (dense + sum(n * x.density for n, x in held)) / heads
+    mass = (dense + sum(n * x.retained_mass for n, x in held)) / heads
+    return held[0][1]._replace(density=density, retained_mass=mass)
 
 
 def slots_of(spec: str) -> dict[str, str]:
@@ -58,7 +75,7 @@ def slots_of(spec: str) -> dict[str, str]:
     slots: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in spec.split("+"))):
         slot, sign, rest = part.partition("=")
-        if sign and slot.strip() in SLOTS:
+        if sign and slot.strip() in _NAMED:
             wanted = {slot.strip(): rest.strip()}
         else:
             card = lookup(part.partition(":")[0].strip()).card
