@@ -164,6 +164,25 @@ def test_tune_writes_a_plan_that_attach_and_compare_take(tune, tiny_model_dir, t
     assert code == 0 and "resuming: 7 finished" in err
 
 
+def test_compare_takes_a_plan(monkeypatch, capsys, tiny_model_dir, tmp_path):
+    model = {"name": "tiny", "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    (tmp_path / "plan.json").write_text(Plan(model, [NARROW, "dense"]).text())
+    spec = f"plan={tmp_path}/plan.json"
+    line = ["foveate", "compare", str(tiny_model_dir), "--tokens", "96", "--decode-tokens", "4"]
+    line += ["--repeats", "1", "--needles", "0", "--out", str(tmp_path), "--with", spec]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    held = json.loads((tmp_path / "results.json").read_text())
+    row = next(x for x in held["summary"] if x["spec"] == spec)
+    assert held["complete"] and 0 < row["density"]["prefill"] < 1
+    assert next(m for m in held["mechanisms"] if m["spec"] == spec)["python"].count(spec[5:]) == 1
+    (tmp_path / "plan.json").write_text(Plan({**model, "layers": 3}, ["dense"] * 3).text())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "layers 3, this model has 2" in capsys.readouterr().err
+
+
 def test_an_interrupted_search_goes_on_from_its_steps(tune, monkeypatch, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt

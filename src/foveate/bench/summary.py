@@ -75,7 +75,9 @@ def _row(results: Results, entry: Json, dense: Json | None) -> Json:
         "prefill_quality": _judged(quality, dense, "prefill"),
         "decode_quality": _judged(quality, dense, "decode"),
         "needle": {
-            "accuracy": sum(hits.values()) / len(hits) if len(hits) == len(depths) else None,
+            "accuracy": sum(hits.values()) / len(hits)
+            if hits and len(hits) == len(depths)
+            else None,
             "by_depth": [[d, hits.get(d)] for d in depths],
         },
         "pareto": False,
