@@ -91,8 +91,8 @@ class TiledGrid(GridPattern):
         if len(order) != k.shape[2]:
             self.mask(q.shape[2], k.shape[2], call)  # says what does not fit
         order = order.to(q.device)
-        turned = (x[:, :, order] for x in (q, k, v))
-        found, back = super().compute(*turned, call), order.argsort()
+        q, k, v = (x[:, :, order] for x in (q, k, v))
+        found, back = super().compute(q, k, v, call), order.argsort()
         lse = None if found.lse is None else found.lse[:, :, back]
         return Result(found.out[:, :, back], lse, found.layout)
 
