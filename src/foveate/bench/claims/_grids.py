@@ -18,6 +18,6 @@ def tokens(length: int, heads: int = 4, dim: int = 64) -> tuple[Tensor, Tensor, 
 
 
 @torch.inference_mode()
-def times_faster(slow: Callable[[], Tensor], fast: Callable[[], Tensor], rounds: int = 5) -> float:
+def times_faster(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 5) -> float:
     """How many times faster the second is, median of interleaved rounds."""
     return paired(slow, fast, rounds)[2]
