@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,14 +119,15 @@ class HySparse(nn.Module):
         layout = self.select(q, k, lse, mask)
         x = self.full.finish(x, [out])
         near = []
-        for i, layer in enumerate(self.sparse):
+        for i, layer in enumerate(cast(Iterable[_Layer], self.sparse)):
             q, own_k, own_v = layer.project(x, tables)
             if state is not None:
                 own_k = torch.cat((state.near[i][0], own_k), 2)
                 own_v = torch.cat((state.near[i][1], own_v), 2)
             far = ops.block_sparse(q, k, v, layout, causal=True, mask=mask)
             x = layer.finish(x, [far, self._windowed(q, own_k, own_v, at, mask)])
-            near.append(tuple(y[:, :, -self.window :].clone() for y in (own_k, own_v)))
+            last = slice(-self.window, None)
+            near.append((own_k[:, :, last].clone(), own_v[:, :, last].clone()))
         if not return_state:
             return x
         return x, HySparseState(k, v, tuple(near), old + int(at.numel()))

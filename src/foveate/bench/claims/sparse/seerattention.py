@@ -53,8 +53,8 @@ class _Observed(Distilled):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Dense attention."""
         self.means = getattr(self, "means", {})
-        pooled = (ops.pool_blocks(x, self.block) for x in (q, k))
-        self.means[call.layer] = ops.grouped_logits(*pooled, 1.0)
+        queries, keys = (ops.pool_blocks(x, self.block) for x in (q, k))
+        self.means[call.layer] = ops.grouped_logits(queries, keys, 1.0)
         return super().attend(q, k, v, call)
 
 
