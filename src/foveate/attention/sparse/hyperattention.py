@@ -99,8 +99,8 @@ class _Run:
         if length <= self.rule.min_seq_len:
             return self._exact(q, k, v, start, start, causal=True)
         half = length // 2
-        early = self.causal(*(x[:, :, :half] for x in (q, k, v)), start)
-        late = self.causal(*(x[:, :, half:] for x in (q, k, v)), start + half)
+        early = self.causal(q[:, :, :half], k[:, :, :half], v[:, :, :half], start)
+        late = self.causal(q[:, :, half:], k[:, :, half:], v[:, :, half:], start + half)
         across = self.estimate(q[:, :, half:], k[:, :, :half], v[:, :, :half], start + half, start)
         late = ops.merge([across, late])
         return torch.cat((early[0], late[0]), 2), torch.cat((early[1], late[1]), 2)
@@ -142,7 +142,8 @@ class _Run:
             x = pad(x, (0, 0, 0, fill)).unflatten(2, (n, each)).unflatten(1, (kv, lanes))
             return x.transpose(2, 3).flatten(0, 2)
 
-        tiled = [tiles(q, fill_q, rows, group), *(tiles(x, fill_k, size, 1) for x in (k, v))]
+        tiled_q, tiled_k = tiles(q, fill_q, rows, group), tiles(k, fill_k, size, 1)
+        tiled_v = tiles(v, fill_k, size, 1)
         bias = self._bias(
             pad(q_pos, (0, fill_q)).unflatten(2, (n, rows))[..., None],
             pad(k_pos, (0, fill_k))
@@ -153,7 +154,8 @@ class _Run:
         )
         bias = bias.expand(b, heads, n, rows, size).unflatten(1, (kv, group)).transpose(2, 3)
         scale = default_scale(self.call.scale, q.shape[3])
-        out, lse = attend_tile(*tiled, bias.flatten(0, 2), scale, self.call.softcap)
+        bias = bias.flatten(0, 2)
+        out, lse = attend_tile(tiled_q, tiled_k, tiled_v, bias, scale, self.call.softcap)
         out, lse = (
             x.unflatten(0, (b, kv, n)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :lq]
             for x in (out, lse)

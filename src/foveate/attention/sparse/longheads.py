@@ -36,6 +36,10 @@ from foveate.registry import Card, register
         confidence="high: official code; a query's own key is read in prefill, too",
         small={"chunk": 8, "attention": 40},
         full={"attention": 1 << 30, "chunk": 1 << 10},
+        exempt={
+            "mask honoured": "a hidden key carries no weight, but keeps its part in what stands "
+            "for its chunk: it may change which chunks are read"
+        },
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +71,12 @@ class LongHeads(Attention):
         """Dense for the first `attention` positions, chunks of their own for the others."""
         if v.shape[3] != q.shape[3]:
             raise ValueError(f"longheads needs values of width {q.shape[3]}, got {v.shape[3]}")
+        start, seen = k.shape[2] - q.shape[2], call.state.get(call.layer, {}).get("seen", 0)
+        if k.shape[2] <= self.attention and start not in (0, seen):
+            return dense_result(q, k, v, call)  # nothing is known of the queries before
         plain_q, plain_k = _unrotated(q, k, call)
         near = _rotated(plain_k, torch.arange(k.shape[2], device=k.device) % self.chunk, call)
         kept = self._represented(plain_q, near, v, call)
-        start = k.shape[2] - q.shape[2]
         early = min(max(self.attention - start, 0), q.shape[2])
         if early == q.shape[2]:
             return dense_result(q, k, v, call)
