@@ -162,8 +162,10 @@ def _near(grid: RectifiedSpaAttn, rows: int) -> Tensor:
     if not grid.first_frame:
         return near
     frames = grid.tile[0] if grid.tile else 1  # those that a block of the first frame may hold
-    first = torch.arange(near.shape[1]) * grid.block < frames * prod(grid.shape[1:])
-    return near | (first[near.shape[1] - near.shape[0] :, None] & first)
+    end = -(-frames * prod(grid.shape[1:]) // grid.block)
+    start = ops.TileGrid.of(rows, prod(grid.shape), grid.block).first
+    q_first, k_first = (torch.arange(n) < end for n in (start + near.shape[0], near.shape[1]))
+    return near | (q_first[start:, None] & k_first)
 
 
 def _with_text(critical: Tensor, block: int, lengths: tuple[int, int], size: int) -> BlockLayout:
