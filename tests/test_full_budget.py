@@ -8,7 +8,8 @@ from foveate.hf.plan import slots_of
 from foveate.hf.text import builtin_text, encode
 from foveate.registry import create, spec_of
 
-LOSSLESS = [spec_of(create(card.name, **card.full)) for card in foveate.find() if card.full]
+CAUSAL = [card for card in foveate.find() if "causal self" in card.patterns]
+LOSSLESS = [spec_of(create(card.name, **card.full)) for card in CAUSAL if card.full]
 PROMPT, STEPS = 640, 6
 
 

@@ -29,7 +29,7 @@ def basics(
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     with err.status("measuring"):
         loaded, tokenizer = builtin.load(None, progress=err.log)
-        ids = encode(tokenizer, builtin_text(), 4096)
+        ids = encode(tokenizer, builtin_text(), 8000)
         lines = list(basic_lines(loaded, ids, rounds))
     head = ("bar met", "bar", "measured", "what")
     out.print(grid(head, [("yes" if x.met else "NO", x.bar, x.figure, x.name) for x in lines]))
