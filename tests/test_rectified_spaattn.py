@@ -101,6 +101,7 @@ def themed(lk, **options):
         {"shape": (60,), "p_keep": 0.05, "drop": 0.95},
         {"shape": (6, 10), "tile": (2, 5), "block": 10},
         {"shape": (8, 4, 2), "tile": (2, 2, 2), "block": 8, "first_frame": True},
+        {"shape": (8, 2, 4), "tile": (2, 2, 2), "block": 4, "first_frame": True},
     ],
 )
 def test_equals_the_definition(options, text):
@@ -170,6 +171,17 @@ def test_a_mask_leaves_plain_attention_over_the_critical_blocks():
         torch.testing.assert_close(got, softmax_over(q, k, v, seen), atol=1e-5, rtol=1e-4)
 
 
+def test_masks_and_chunks_know_rows_only():
+    tiled = rectified(shape=(6, 10), tile=(2, 5), block=10)
+    rows = rectified(shape=(6, 10), block=10)
+    q, k, v = themed(65)
+    for x, mask in ((q, plain(65)), (q[:, :, -30:], None)):
+        assert torch.equal(
+            tiled(x, k, v, causal=False, mask=mask), rows(x, k, v, causal=False, mask=mask)
+        )
+    assert not torch.allclose(tiled(q, k, v, causal=False), rows(q, k, v, causal=False), atol=1e-3)
+
+
 @pytest.mark.parametrize("text", [0, 4, 6])
 def test_records_count_the_pairs_that_are_read(text):
     q, k, v = themed(60 + text)
@@ -233,5 +245,7 @@ def test_refuses_bad_options(option, words):
 def test_refuses_calls_that_do_not_fit():
     with pytest.raises(ValueError, match="has 60 keys, got 59"):
         rectified()(*qkv(59), causal=False)
+    with pytest.raises(ValueError, match="at most 65 queries, one per key, got 70"):
+        rectified()(*qkv(65, 70), causal=False)
     with pytest.raises(ValueError, match="noncausal attention only"):
         rectified()(*qkv(60))

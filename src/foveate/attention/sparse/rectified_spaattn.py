@@ -74,6 +74,10 @@ class RectifiedSpaAttn(Attention):
         size = prod(self.shape)
         if k.shape[2] < size:
             raise ValueError(f"a grid of shape {self.shape} has {size} keys, got {k.shape[2]}")
+        if q.shape[2] > k.shape[2]:
+            raise ValueError(
+                f"expected at most {k.shape[2]} queries, one per key, got {q.shape[2]}"
+            )
         if self.drop <= 0 or q.shape[2] <= k.shape[2] - size:
             return dense_result(q, k, v, call)
         if not self.tile:
@@ -98,9 +102,8 @@ class RectifiedSpaAttn(Attention):
         layout = ops.from_map(critical, self.block, (rows, size))
         out, lse = ops.block_sparse(asked, keys, values, layout, return_lse=True, **options)
         if text:
-            start, words = max(size - rows, 0), k[:, :, size:]
-            at = torch.arange(start + rows + text, device=q.device)
-            where = {} if call.mask is None else {"q_pos": at[start:][:rows], "k_pos": at[-text:]}
+            at, words = torch.arange(k.shape[2], device=q.device), k[:, :, size:]
+            where = {"q_pos": at[size - rows : size], "k_pos": at[size:]} if call.mask else {}
             beside = ops.attend(asked, words, v[:, :, size:], return_lse=True, **options, **where)
             out, lse = ops.merge([(out, lse), beside])
         if call.mask is None:
@@ -161,11 +164,11 @@ def _near(grid: RectifiedSpaAttn, rows: int) -> Tensor:
     near = touching.to_layout(rows, prod(grid.shape), grid.block).to_bool()[0, 0]
     if not grid.first_frame:
         return near
-    frames = grid.tile[0] if grid.tile else 1  # those that a block of the first frame may hold
-    end = -(-frames * prod(grid.shape[1:]) // grid.block)
-    start = ops.TileGrid.of(rows, prod(grid.shape), grid.block).first
-    q_first, k_first = (torch.arange(n) < end for n in (start + near.shape[0], near.shape[1]))
-    return near | (q_first[start:, None] & k_first)
+    order = ops.tile_order(grid.shape, grid.tile or grid.shape)
+    first = torch.zeros(near.shape[1], dtype=torch.bool)
+    first[(order < prod(grid.shape[1:])).nonzero() // grid.block] = True
+    start = near.shape[1] - near.shape[0]  # the queries are the last ones
+    return near | (first[start:, None] & first)
 
 
 def _with_text(critical: Tensor, block: int, lengths: tuple[int, int], size: int) -> BlockLayout:
