@@ -1,0 +1,75 @@
+"""Flux (2026, paper 237): routers that give full attention to the prompts that need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention.base import Record
+from foveate.attention.sparse.flux import Flux
+from foveate.bench.claims import Outcome
+from foveate.bench.claims._toys import toy
+from foveate.bench.runs import body
+from foveate.bench.train import text_loss, train
+from foveate.hf.attach import attach
+from foveate.tasks.train import fit
+
+CLAIM = "routers keep more layers full for recall over a distance than for local text"
+
+_LENGTH, _LAYERS, _HALF = 128, 4, 32
+
+
+def measure() -> Outcome:
+    """Share of full layers for fresh prompts of two tasks, under one and the same target."""
+    model = toy(vocabulary=4 * _HALF, length=_LENGTH, layers=_LAYERS)
+
+    def loss(step: int) -> Tensor:
+        return text_loss(model, torch.cat((recall(8, 2 * step), local(8, 2 * step + 1))))
+
+    learned = fit(model.parameters(), loss, steps=300, lr=4e-3)
+    # Both tasks have the same target, so that only the model's loss can tell them apart.
+    mechanism = Flux(sinks=1, window=8, block=8, pool=16, targets=(1.0, 1.0))
+    texts = [recall(100, 5000), local(100, 5001)]
+    routed = train(model, mechanism, texts, steps=120, lr=1e-3)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "routers"
+        routed.write(file)
+        served = Flux(sinks=1, window=8, block=8, pool=16, router=str(file))
+        full = {"recall": _full(model, served, recall(16, 9000))}
+        full["local"] = _full(model, served, local(16, 9001))
+    figures = {f"share of full layers, {name}": share for name, share in full.items()}
+    figures["loss of the model"] = learned[-1]
+    return Outcome(figures, full["recall"] > full["local"])
+
+
+def recall(rows: int, seed: int) -> Tensor:
+    """Pairs of a key and its value; 16 keys keep their values throughout a row: (rows, 128)."""
+    made = torch.Generator().manual_seed(seed)
+    values = torch.rand(rows, _HALF, generator=made).argsort(1)[:, :16]
+    turns = torch.stack([torch.rand(rows, 16, generator=made).argsort(1) for _ in range(4)], 1)
+    asked = turns.flatten(1)
+    return torch.stack((asked, values.gather(1, asked) + _HALF), -1).flatten(1)
+
+
+def local(rows: int, seed: int) -> Tensor:
+    """Each token is followed by one of two, always the same two: (rows, 128)."""
+    made = torch.Generator().manual_seed(seed)
+    table = torch.randint(2 * _HALF, (2 * _HALF, 2), generator=torch.Generator().manual_seed(0))
+    ids = [torch.randint(2 * _HALF, (rows,), generator=made)]
+    for _ in range(_LENGTH - 1):
+        ids.append(table[ids[-1], torch.randint(2, (rows,), generator=made)])
+    return torch.stack(ids, 1) + 2 * _HALF
+
+
+@torch.no_grad()
+def _full(model: Any, mechanism: Flux, ids: Tensor) -> float:
+    """Share of calls, over layers and rows, that read everything."""
+    seen: list[Record] = []
+    with attach(model, prefill=mechanism) as attached:
+        attached.record = seen.append
+        body(model)(ids, use_cache=False)
+    return sum(r.density == 1 for r in seen) / len(seen)
