@@ -88,7 +88,8 @@ class RectifiedSpaAttn(Attention):
         order = torch.arange(k.shape[2])
         order[:size] = ops.tile_order(self.shape, self.tile)
         order = order.to(q.device)
-        found, back = self._rectified(*(x[:, :, order] for x in (q, k, v)), call), order.argsort()
+        q, k, v = (x[:, :, order] for x in (q, k, v))
+        found, back = self._rectified(q, k, v, call), order.argsort()
         lse = None if found.lse is None else found.lse[:, :, back]
         return Result(found.out[:, :, back], lse, found.layout)
 
@@ -104,7 +105,7 @@ class RectifiedSpaAttn(Attention):
         if text:
             at, words = torch.arange(k.shape[2], device=q.device), k[:, :, size:]
             where = {"q_pos": at[size - rows : size], "k_pos": at[size:]} if call.mask else {}
-            beside = ops.attend(asked, words, v[:, :, size:], return_lse=True, **options, **where)
+            beside = ops.attend(asked, words, v[:, :, size:], return_lse=True, **options | where)
             out, lse = ops.merge([(out, lse), beside])
         if call.mask is None:
             means = grouped_values(pooled, ops.pool_blocks(values, self.block))
