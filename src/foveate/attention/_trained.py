@@ -159,18 +159,19 @@ def write_trained(
 def read_trained(path: str, mechanism: str) -> Trained:
     """The trained part in a file, read once; ValueError when it is none of this mechanism."""
     try:
-        stamp = Path(path).stat().st_mtime_ns
+        found_file = Path(path).stat()
     except OSError as error:
         raise ValueError(f"{mechanism}: cannot read {path}: {error.strerror}") from error
-    found = _read(path, stamp)
+    # Two files written one after the other may bear the same time, but are not the same node.
+    found = _read(path, (found_file.st_mtime_ns, found_file.st_ino))
     if found.mechanism != mechanism:
         raise ValueError(f"{path} was trained for {found.mechanism}, not for {mechanism}")
     return found
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, stamp: int) -> Trained:
-    """A file as it was at the time `stamp`."""
+def _read(path: str, stamp: tuple[int, int]) -> Trained:
+    """A file, as the one that `stamp` tells from others of its name."""
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
