@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate import ops
-from ops_tools import held_to_reference, qkv
+from ops_tools import TOLERANCE, held_to_reference, qkv
 
 
 def inputs(q_len=170, k_len=250, heads=6, block=(32, 16)):
@@ -44,7 +44,9 @@ def test_masks_and_the_first_block_of_a_row():
 def test_an_endless_threshold_skips_nothing():
     q, k, v, layout = inputs()
     got = ops.block_sparse(q, k, v, layout, skip=(math.inf, 16))
-    torch.testing.assert_close(got, ops.block_sparse(q, k, v, layout), atol=1e-6, rtol=0)
+    # The kernel takes keys block by block where it may skip, otherwise in chunks of its own.
+    bound = TOLERANCE[torch.float32]
+    torch.testing.assert_close(got, ops.block_sparse(q, k, v, layout), atol=bound, rtol=0)
 
 
 def test_what_is_lost_is_bounded_by_the_threshold():
