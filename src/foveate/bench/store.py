@@ -35,10 +35,15 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, data: Json) -> None:
+    """Write data as `write_text` does."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a file whole; on failure the old one stays. Raises ResultsError."""
     draft = path.with_suffix(f"{path.suffix}.part")
     try:
-        draft.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise ResultsError(

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from foveate.bench.machine import machine
 from foveate.bench.runs import body
-from foveate.bench.store import Json, check_writable, read_json, refuse_change, write_json
+from foveate.bench.store import (
+    Json,
+    check_writable,
+    read_json,
+    refuse_change,
+    write_json,
+    write_text,
+)
 from foveate.bench.tune.influence import influence
 from foveate.bench.tune.judge import Judge
 from foveate.bench.tune.profile import expected_loss, seconds
@@ -226,10 +233,7 @@ class TuneRun:
             "searcher": entry["searcher"],
             "machine": self.data["machine"],
         }
-        text = Plan(shape_of(self.model), prefill, measured).text()
-        draft = self.plan_path.with_suffix(".json.part")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.plan_path)
+        write_text(self.plan_path, Plan(shape_of(self.model), prefill, measured).text())
         return measured
 
     @torch.inference_mode()
