@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -6,6 +7,24 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def foveate_command(monkeypatch, capsys):
+    """Call the command line in this process: exit code, standard output, standard error."""
+    from foveate import cli
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["foveate", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 import json
 import re
-import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
-from foveate import cli, native, ops
+from foveate import native, ops
 from foveate.bench.kernels import benches, inputs, race, rivals, run, trial
 from foveate.report import kernels as page
 from foveate.report import kernels_rows
@@ -18,20 +18,9 @@ FEW = [*QUICK, "--only=attend,window"]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command in this process: exit code, standard output, standard error."""
-
-    def run_it(*args):
-        monkeypatch.setattr(sys, "argv", ["foveate", "bench", "kernels", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run_it
+def call(foveate_command):
+    """Call `foveate bench kernels`."""
+    return partial(foveate_command, "bench", "kernels")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,18 @@
 import json
-import sys
+from functools import partial
 
 import pytest
 
-from foveate import cli, registry
+from foveate import registry
 from foveate.bench import claims
 from foveate.bench.claims import run
 from foveate.report import claims as page
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Call `foveate claims` in this process: exit code, standard output, standard error."""
-
-    def run_it(*args):
-        monkeypatch.setattr(sys, "argv", ["foveate", "claims", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run_it
+def call(foveate_command):
+    """Call `foveate claims`."""
+    return partial(foveate_command, "claims")
 
 
 @pytest.fixture

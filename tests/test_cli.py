@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers as hf
 
-from foveate import cli, registry
+from foveate import registry
 from foveate.bench import compare as bench_compare
 
 SMALL = [
@@ -25,20 +25,9 @@ SMALL = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process: exit code, standard output, standard error."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["foveate", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+def run(foveate_command):
+    """Call `foveate`."""
+    return foveate_command
 
 
 def results(folder):

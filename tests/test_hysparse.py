@@ -1,11 +1,10 @@
 import pickle
-import sys
 
 import pytest
 import torch
 
 import foveate
-from foveate import cli, ops
+from foveate import ops
 from sparse_checks import causal_keep, softmax_over, tokens_of
 
 SMALL = {"kv_heads": 2, "block": 4, "blocks": 3, "window": 6, "sparse_layers": 2}
@@ -183,12 +182,8 @@ def test_refuses_contexts_and_both_sides():
             build()(tokens(5), **given)
 
 
-def test_the_command_line_shows_it(monkeypatch, capsys):
-    for args, words in ((["list", "--kind=module"], ["hysparse"]), (["show", "hysparse"], ["dim"])):
-        monkeypatch.setattr(sys, "argv", ["foveate", *args])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert not stop.value.code
-        out = capsys.readouterr().out
-        assert all(word in out for word in words)
+def test_the_command_line_shows_it(foveate_command):
+    for args, word in ((["list", "--kind=module"], "hysparse"), (["show", "hysparse"], "dim")):
+        code, out, _ = foveate_command(*args)
+        assert code == 0 and word in out
     assert "sparse_layers" in out and "128" in out

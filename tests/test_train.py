@@ -1,13 +1,12 @@
 """Training the learned part of a mechanism, as a function and from the command line."""
 
 import re
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 import foveate
-from foveate import cli
 from foveate.attention import _trained
 from foveate.bench import train as training
 from foveate.tasks import train as loop
@@ -17,20 +16,9 @@ SMALL = ["--tokens=128", "--window=64", "--steps=6"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Call `foveate train` in this process: exit code, standard output, standard error."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["foveate", "train", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+def run(foveate_command):
+    """Call `foveate train`."""
+    return partial(foveate_command, "train")
 
 
 def test_the_line_it_prints_uses_what_it_learned(run, tiny_model_dir, tmp_path):

@@ -1,14 +1,13 @@
 """Searching a plan for a model, and using it."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 import foveate
 from attached import prompt
-from foveate import cli
 from foveate.bench.tune import profile, run, search
 from foveate.bench.tune.judge import Judge
 from foveate.hf.planfile import Plan, load_plan, shape_of
@@ -132,25 +131,15 @@ def test_what_loses_infinitely_much_is_never_chosen():
 
 
 @pytest.fixture
-def tune(monkeypatch, capsys, tiny_model_dir, tmp_path):
+def tune(foveate_command, monkeypatch, tiny_model_dir, tmp_path):
     """Call `foveate tune` on a tiny model: exit code, standard output, standard error."""
     monkeypatch.setattr(run, "_TRIALS", 2)
     # On a few hundred tokens nothing is faster than dense attention.
     monkeypatch.setattr(run, "seconds", lambda *_: torch.tensor([1.0, 0.2, 0.5]))
 
-    def call(*args):
-        line = ["foveate", "tune", str(tiny_model_dir), "--tokens", "256"]
-        line += ["--with", NARROW, "--with", WIDE, "--out", str(tmp_path / "out"), *args]
-        monkeypatch.setattr(sys, "argv", line)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    line = ["tune", tiny_model_dir, "--tokens", "256"]
+    line += ["--with", NARROW, "--with", WIDE, "--out", tmp_path / "out"]
+    return partial(foveate_command, *line)
 
 
 def test_tune_writes_a_plan_that_attach_and_compare_take(tune, tiny_model_dir, tmp_path):
@@ -164,23 +153,20 @@ def test_tune_writes_a_plan_that_attach_and_compare_take(tune, tiny_model_dir, t
     assert code == 0 and "resuming: 7 finished" in err
 
 
-def test_compare_takes_a_plan(monkeypatch, capsys, tiny_model_dir, tmp_path):
+def test_compare_takes_a_plan(foveate_command, tiny_model_dir, tmp_path):
     model = {"name": "tiny", "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16}
     (tmp_path / "plan.json").write_text(Plan(model, [NARROW, "dense"]).text())
     spec = f"plan={tmp_path}/plan.json"
-    line = ["foveate", "compare", str(tiny_model_dir), "--tokens", "96", "--decode-tokens", "4"]
-    line += ["--repeats", "1", "--needles", "0", "--out", str(tmp_path), "--with", spec]
-    monkeypatch.setattr(sys, "argv", line)
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    line = ["compare", tiny_model_dir, "--tokens", "96", "--decode-tokens", "4"]
+    line += ["--repeats", "1", "--needles", "0", "--out", tmp_path, "--with", spec]
+    assert foveate_command(*line)[0] == 0
     held = json.loads((tmp_path / "results.json").read_text())
     row = next(x for x in held["summary"] if x["spec"] == spec)
     assert held["complete"] and 0 < row["density"]["prefill"] < 1
     assert next(m for m in held["mechanisms"] if m["spec"] == spec)["python"].count(spec[5:]) == 1
     (tmp_path / "plan.json").write_text(Plan({**model, "layers": 3}, ["dense"] * 3).text())
-    with pytest.raises(SystemExit, match="2"):
-        cli.main()
-    assert "layers 3, this model has 2" in capsys.readouterr().err
+    code, _, err = foveate_command(*line)
+    assert code == 2 and "layers 3, this model has 2" in err
 
 
 def test_an_interrupted_search_goes_on_from_its_steps(tune, monkeypatch, tmp_path):
