@@ -90,6 +90,8 @@ def test_records_are_those_of_row_order():
 )
 def test_long_patterns_are_made_fast(options):
     check_made_fast(foveate.create("gna", **options), 65536)
+    dilated = {"window": (4, 16, 16), "dilation": 2, "tile": (4, 4, 4)}
+    check_made_fast(foveate.create("gna", shape=(16, 64, 64), **dilated), 65536)
 
 
 def test_refuses_what_does_not_fit():

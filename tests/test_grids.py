@@ -106,6 +106,33 @@ def test_bounds_never_promise_what_is_not_so(name, rows, cols):
     assert not (every & ~seen.flatten(1).all(-1)).any()
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([name for name, (mask, _) in MASKS.items() if mask.exact]),
+    st.tuples(st.integers(0, 59), st.integers(0, 59)).map(sorted),
+    st.tuples(st.integers(0, 59), st.integers(0, 59)).map(sorted),
+    st.sampled_from(["alone", "or text", "and causal", "not"]),
+)
+def test_exact_bounds_are_the_truth(name, rows, cols, form):
+    mask, length = MASKS[name]
+    mask = {
+        "alone": mask,
+        "or text": mask | ops.global_tokens(4, 9),
+        "and causal": mask & ops.causal(),
+        "not": ~mask,
+    }[form]
+    tile = (*mask.axes(torch.device("cpu")), *torch.tensor([*rows, *cols]).view(4, 1, 1, 1, 1))
+    if mask.exact(*tile):
+        seen = visible(mask, length)[0, rows[0] : rows[1] + 1, cols[0] : cols[1] + 1]
+        some, every = mask.bounds(*tile)
+        assert (bool(some), bool(every)) == (bool(seen.any()), bool(seen.all()))
+
+
+def test_bounds_of_chosen_slots_are_not_exact():
+    mask = ops.neighborhood((8, 8), 3)
+    assert mask.take(0, torch.arange(0, 64, 2)).exact is None and mask.take(0).exact is not None
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("block", [(8, 8), (5, 16)])
 def test_layout_covers_exactly_the_blocks_with_a_visible_pair(name, block):
@@ -115,6 +142,11 @@ def test_layout_covers_exactly_the_blocks_with_a_visible_pair(name, block):
         got = rule.to_layout(length, length, block).to_bool()[0]
         pooled = torch.nn.functional.max_pool2d(want, block, ceil_mode=True)
         assert torch.equal(got, pooled > 0)
+        layout = rule.to_layout(length, length, block)
+        hidden = torch.nn.functional.max_pool2d(1 - want, block, ceil_mode=True) > 0
+        listed = layout.indices.long().expand(*hidden.shape[:1], -1, -1, -1)[0]
+        partial = hidden.gather(-1, listed)
+        assert torch.equal(layout.partial[0] & layout.filled[0], partial & layout.filled[0])
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -66,7 +66,9 @@ def test_first_denoising_steps_and_layers_are_dense():
 
 def test_long_patterns_are_made_fast():
     check_made_fast(foveate.create("radial", shape=(16, 64, 64)), 65536)
-    check_made_fast(foveate.create("radial", shape=(64, 32, 32), block=128), 65536)
+    check_made_fast(foveate.create("radial", shape=(64, 32, 32)), 65536)
+    # Frames that are no whole number of blocks.
+    check_made_fast(foveate.create("radial", shape=(42, 30, 52)), 65520)
 
 
 def test_refuses_what_does_not_fit():

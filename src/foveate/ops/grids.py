@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
 from operator import add, and_
@@ -11,13 +10,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from foveate.ops.mask import Mask, window
+from foveate.ops.lattice import Coords, Grid, Hull
+from foveate.ops.mask import Mask, always, window
 from foveate.ops.shapes import check_block
 
 T = TypeVar("T")
-# A token's coordinate on every axis; or, of a tile, its lowest and highest one.
-Coords = list[Tensor]
-Hull = list[tuple[Tensor, Tensor]]
 
 
 def strided(stride: int, *, local: int = 1, block: int = 1, offset: int | Tensor = 0) -> Mask:
@@ -71,7 +68,7 @@ def neighborhood(
     with stride 1 that of fused neighborhood attention, 2024.) Raises ValueError where the rules
     stride <= window and window * dilation <= length are broken.
     """
-    grid = _Grid.of(shape, start, tile)
+    grid = Grid.of(shape, start, tile)
     axes = [
         _Axis(*sizes)
         for sizes in zip(
@@ -110,7 +107,7 @@ def disc(
     The disc is clipped at borders; the grid begins at position `start`, what lies off it neither
     sees nor is seen; with `tile` its tokens lie in the order of `tile_order`. (CLEAR, 2024.)
     """
-    grid = _Grid.of(shape, start, tile)
+    grid = Grid.of(shape, start, tile)
     if not radius > 0:
         raise ValueError(f"radius must be above 0, got {radius}")
 
@@ -134,25 +131,29 @@ def radial(frames: int, tokens_per_frame: int, *, sink: bool = True, start: int 
     nor is seen. (Radial Attention, 2025.)
     """
     size = check_block("tokens_per_frame", tokens_per_frame)
-    grid = _Grid.of((check_block("frames", frames), size), start)
-    stretch = torch.tensor([1 << (max(d, 1).bit_length() - 1) for d in range(frames)])
-    period = -(-stretch // size)
+    grid = Grid.of((check_block("frames", frames), size), start)
+    stretch = torch.tensor([1 << (max(d, 1).bit_length() - 1) for d in range(frames + 1)])
+    lined = torch.arange(frames + 1) % -(-stretch // size) == 0
+    # Frames at distance below d that see each other at one and the same place.
+    lines = torch.nn.functional.pad(lined.long().cumsum(0), (1, 0))
 
     def seen(q: Coords, k: Coords) -> Tensor:
         (i, a), (j, c) = q, k
         apart, gap = (i - j).abs(), (a - c).abs()
         near = (gap + 1) * stretch.to(gap.device)[apart] <= size
-        line = (gap == 0) & (apart % period.to(gap.device)[apart] == 0)
+        line = (gap == 0) & lined.to(gap.device)[apart]
         return near | line | (j == 0) if sink else near | line
 
     def certain(q: Hull, k: Hull) -> tuple[Tensor, Tensor]:
-        (apart_lo, apart_hi), (gap_lo, gap_hi) = (
-            _distances(i, j) for i, j in zip(q, k, strict=True)
-        )
-        far = stretch.to(gap_lo.device)
-        some = ((gap_lo + 1) * far[apart_lo] <= size) | (gap_lo == 0)
-        every = (gap_hi + 1) * far[apart_hi] <= size
         first, last = k[0]
+        others = (first.clamp_min(1), last.clamp_min(1)) if sink else (first, last)
+        apart_lo, apart_hi = _distances(q[0], others)
+        gap_lo, gap_hi = _distances(q[1], k[1])
+        far, before = stretch.to(gap_lo.device), lines.to(gap_lo.device)
+        hits = before[apart_hi + 1] - before[apart_lo]
+        some = ((gap_lo + 1) * far[apart_lo] <= size) | ((gap_lo == 0) & (hits > 0))
+        every = (gap_hi + 1) * far[apart_hi] <= size
+        every = every | ((gap_hi == 0) & (hits == apart_hi - apart_lo + 1))
         return (some | (first == 0), every | (last == 0)) if sink else (some, every)
 
     return grid.mask(seen, certain, f"radial({frames}, {tokens_per_frame})")
@@ -176,6 +177,7 @@ def global_tokens(start: int, end: int) -> Mask:
         lambda b, h, q, k: inside(q) | inside(k),
         bounds,
         name=f"global_tokens({start}, {end})",
+        exact=always,
     )
 
 
@@ -185,111 +187,11 @@ def tile_order(shape: int | tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
     Neighbours on several axes then lie close together, so that few blocks hold a neighborhood.
     Raises ValueError where a tile does not divide the grid.
     """
-    grid = _Grid.of(shape, 0, tile)
+    grid = Grid.of(shape, 0, tile)
     order = torch.zeros(prod(grid.shape), dtype=torch.long)
     for at, size in zip(grid.coords(torch.arange(len(order))), grid.shape, strict=True):
         order = order * size + at
     return order
-
-
-class _Grid(NamedTuple):
-    """A grid whose tokens lie tile by tile from position `start` on, row-major on both levels."""
-
-    shape: tuple[int, ...]
-    start: int
-    tile: tuple[int, ...]
-
-    @classmethod
-    def of(
-        cls, shape: int | tuple[int, ...], start: int, tile: tuple[int, ...] | None = None
-    ) -> _Grid:
-        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-        if not 1 <= len(sizes) <= 3:
-            raise ValueError(f"shape must have 1 to 3 axes, got {shape}")
-        for size in sizes:
-            check_block("shape", size)
-        if start < 0:
-            raise ValueError(f"start must be at least 0, got {start}")
-        tile = sizes if tile is None else tile
-        if len(tile) != len(sizes) or any(
-            t < 1 or n % t for n, t in zip(sizes, tile, strict=False)
-        ):
-            raise ValueError(f"tile must divide the grid {sizes} on every axis, got {tile}")
-        return cls(sizes, start, tile)
-
-    @property
-    def tiles(self) -> list[int]:
-        """Tiles on every axis."""
-        return [n // t for n, t in zip(self.shape, self.tile, strict=True)]
-
-    def split(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of the tile that holds a position, and the place in it."""
-        at = (pos - self.start).clamp(0, prod(self.shape) - 1)
-        if self.tile == self.shape:
-            return torch.zeros_like(at), at
-        return at // prod(self.tile), at % prod(self.tile)
-
-    def coords(self, pos: Tensor) -> Coords:
-        """Coordinates of positions; those off the grid are moved onto it."""
-        number, place = self.split(pos)
-        if self.tile == self.shape:
-            return _unravel(place, self.shape)
-        levels = zip(
-            _unravel(number, self.tiles), self.tile, _unravel(place, self.tile), strict=True
-        )
-        return [i * t + j for i, t, j in levels]
-
-    def hull(self, lo: Tensor, hi: Tensor) -> Hull:
-        """On every axis the lowest and highest coordinate of the positions lo to hi."""
-        (first, lo), (last, hi) = self.split(lo), self.split(hi)
-        several = first != last  # of these all is taken
-        lo = torch.where(several, 0, lo)
-        hi = torch.where(several, prod(self.tile) - 1, hi)
-        levels = zip(
-            _spans(first, last, self.tiles), self.tile, _spans(lo, hi, self.tile), strict=True
-        )
-        return [(i * t + a, j * t + b) for (i, j), t, (a, b) in levels]
-
-    def mask(
-        self,
-        seen: Callable[[Coords, Coords], Tensor],
-        certain: Callable[[Hull, Hull], tuple[Tensor, Tensor]],
-        name: str,
-    ) -> Mask:
-        """The mask of a rule on coordinates and of what is certain of hulls."""
-        end = self.start + prod(self.shape)
-
-        def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            inside = (q >= self.start) & (q < end) & (k >= self.start) & (k < end)
-            return seen(self.coords(q), self.coords(k)) & inside
-
-        def bounds(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
-            q_lo, q_hi, k_lo, k_hi = tile
-            touched = (q_hi >= self.start) & (q_lo < end) & (k_hi >= self.start) & (k_lo < end)
-            inside = (q_lo >= self.start) & (q_hi < end) & (k_lo >= self.start) & (k_hi < end)
-            some, every = certain(self.hull(q_lo, q_hi), self.hull(k_lo, k_hi))
-            return some & touched, every & inside
-
-        return Mask(predicate, bounds, name=name)
-
-
-def _unravel(number: Tensor, sizes: Sequence[int]) -> Coords:
-    """Coordinates of a row-major number."""
-    coords = []
-    for size in reversed(sizes[1:]):
-        coords.append(number % size)
-        number = number // size
-    return [number, *reversed(coords)]
-
-
-def _spans(first: Tensor, last: Tensor, sizes: Sequence[int]) -> Hull:
-    """On every axis the lowest and highest coordinate of the row-major numbers first to last."""
-    out = []
-    for n, size in enumerate(sizes):
-        a, b = first // prod(sizes[n + 1 :]), last // prod(sizes[n + 1 :])
-        within = a // size == b // size  # else the axis wraps around on the way
-        out.append((torch.where(within, a % size, 0), torch.where(within, b % size, size - 1)))
-    return out
 
 
 class _Axis(NamedTuple):
@@ -348,7 +250,7 @@ class _Axis(NamedTuple):
         return some, (first <= j[0]) & (j[1] <= last)
 
 
-def _per_axis(name: str, value: T | tuple[T, ...], grid: _Grid) -> tuple[T, ...]:
+def _per_axis(name: str, value: T | tuple[T, ...], grid: Grid) -> tuple[T, ...]:
     """An option for each axis of the grid."""
     axes = len(grid.shape)
     values = value if isinstance(value, tuple) else (value,) * axes

@@ -190,6 +190,9 @@ def from_mask(mask: Mask, q_len: int, k_len: int, block: int | tuple[int, int]) 
     b, h = mask.axes(torch.device("cpu"))
     full = (mask.batch, mask.heads, grid.tiles, nk)
     some, every = (x.expand(full).clone() for x in mask.bounds(b, h, *edges))
+    undecided = some & ~every
+    if mask.exact is not None:
+        undecided &= ~mask.exact(b, h, *edges)
     start, end = int(q_pos[0, 0]), k_len
 
     def look(tiles: Tensor, inner: Tensor) -> None:
@@ -204,7 +207,7 @@ def from_mask(mask: Mask, q_len: int, k_len: int, block: int | tuple[int, int]) 
             every[tuple(part.T)] = (seen | ~real).flatten(1).all(-1)
 
     # An outer row settles most tiles: it shows a visible and a hidden pair.
-    undecided = (some & ~every).nonzero()
+    undecided = undecided.nonzero()
     for inner in (torch.tensor([bq - 1]), torch.tensor([0]), torch.arange(bq)):
         look(undecided, inner)
         undecided = undecided[(~some | every)[tuple(undecided.T)]]

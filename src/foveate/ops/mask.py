@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Bounds = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Exact = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Runs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Positions below and above all others.
@@ -32,6 +33,11 @@ def _unknown(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
     return some, torch.zeros_like(some)
 
 
+def always(b: Tensor, h: Tensor, *tile: Tensor) -> Tensor:
+    """Of a mask whose bounds are the truth about every tile."""
+    return torch.ones((), dtype=torch.bool, device=b.device)
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which query may see which key: a predicate `(b, h, q_pos, k_pos) -> bool`.
@@ -39,8 +45,9 @@ class Mask:
     Positions are absolute; the arguments are integer tensors that broadcast, the contract of
     FlexAttention's `mask_mod`. `bounds(b, h, q_lo, q_hi, k_lo, k_hi)` says what is certain of
     whole tiles without looking inside: a pair `(some, every)`, `some` false where the tile is
-    surely empty, `every` true where it is surely full. `batch` and `heads` are above 1 when the
-    mask differs over them. `runs(b, h, q_pos)`, where a mask has it, is another form of the
+    surely empty, `every` true where it is surely full; `exact`, where a mask has it, is true of
+    tiles for which both are not only bounds but the truth. `batch` and `heads` are above 1 when
+    the mask differs over them. `runs(b, h, q_pos)`, where a mask has it, is another form of the
     predicate: a query sees the positions [first, end) of its runs (…, runs, 2).
     """
 
@@ -50,6 +57,7 @@ class Mask:
     heads: int = 1
     name: str = "mask"
     runs: Runs | None = None
+    exact: Exact | None = None
 
     def __call__(self, b: Tensor, h: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Evaluate the predicate on broadcasting integer tensors."""
@@ -66,9 +74,16 @@ class Mask:
             (some, every), (some2, every2) = self.bounds(*tile), other.bounds(*tile)
             return op(some, some2), op(every, every2)
 
-        runs = _joined_runs(self.runs, other.runs, op is torch.logical_and)
-        sizes = max(self.batch, other.batch), max(self.heads, other.heads)
-        return Mask(predicate, bounds, *sizes, f"({self.name} {sign} {other.name})", runs)
+        both = op is torch.logical_and
+        return Mask(
+            predicate,
+            bounds,
+            max(self.batch, other.batch),
+            max(self.heads, other.heads),
+            f"({self.name} {sign} {other.name})",
+            _joined_runs(self.runs, other.runs, both),
+            _joined_exact(self, other, both),
+        )
 
     def __and__(self, other: Mask) -> Mask:
         return self._join(other, torch.logical_and, "&")
@@ -88,6 +103,7 @@ class Mask:
             self.heads,
             f"~{self.name}",
             None if self.runs is None else partial(_outside, self.runs),
+            self.exact,
         )
 
     def take(self, row: int, slots: Tensor | None = None) -> Mask:
@@ -102,6 +118,9 @@ class Mask:
             seen = own(*moved(b, h, q_pos)).contiguous()
             return seen if slots is None else torch.searchsorted(slots, seen)
 
+        def exact(own: Exact, *tile: Tensor) -> Tensor:
+            return own(*moved(*tile))
+
         return Mask(
             lambda *at: self.predicate(*moved(*at)),
             lambda *tile: self.bounds(*moved(*tile)),
@@ -109,6 +128,8 @@ class Mask:
             self.heads,
             self.name,
             None if self.runs is None else partial(runs, self.runs),
+            # A tile of slots is not the tile between the positions of its ends.
+            None if self.exact is None or slots is not None else partial(exact, self.exact),
         )
 
     def to_dense(
@@ -165,6 +186,24 @@ def _joined_runs(left: Runs | None, right: Runs | None, both: bool) -> Runs | No
     return runs
 
 
+def _joined_exact(left: Mask, right: Mask, both: bool) -> Exact | None:
+    """Where the bounds of a joined mask are the truth: where one mask alone decides, exactly."""
+    if left.exact is None and right.exact is None:
+        return None
+
+    def decides(one: Mask, other: Mask, tile: tuple[Tensor, ...]) -> Tensor | None:
+        if one.exact is None:
+            return None
+        some, every = other.bounds(*tile)
+        return one.exact(*tile) & (every if both else ~some)
+
+    def exact(*tile: Tensor) -> Tensor:
+        parts = [decides(left, right, tile), decides(right, left, tile)]
+        return reduce(torch.logical_or, [part for part in parts if part is not None])
+
+    return exact
+
+
 def _common(x: Tensor, y: Tensor) -> Tensor:
     """What every pair of runs of x and y has in common: (…, n, 2), (…, m, 2) -> (…, n * m, 2)."""
     x, y = x[..., :, None, :], y[..., None, :, :]
@@ -201,6 +240,7 @@ def causal() -> Mask:
         lambda b, h, q_lo, q_hi, k_lo, k_hi: (k_lo <= q_hi, k_hi <= q_lo),
         name="causal()",
         runs=lambda b, h, q: _run(_FAR[0], q + 1, q),
+        exact=always,
     )
 
 
@@ -244,6 +284,7 @@ def window(n: int | Tensor, *, block: int = 1) -> Mask:
         heads=heads,
         name=f"window({n})" if block == 1 else f"window({n}, block={block})",
         runs=runs,
+        exact=always,
     )
 
 
@@ -259,6 +300,7 @@ def sinks(n: int | Tensor) -> Mask:
         heads=heads,
         name=f"sinks({n})",
         runs=lambda b, h, q: _run(0, size(h), q),
+        exact=always,
     )
 
 
