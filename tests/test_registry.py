@@ -98,6 +98,40 @@ def test_bad_input_is_named(toy, spec, options, error, words):
         foveate.create(spec, **options)
 
 
+@pytest.fixture
+def layer():
+    """A registered mechanism that is no dataclass."""
+
+    @foveate.register(card("layer", kind="module"))
+    class Layer:
+        def __init__(self, dim: int, heads: int, *, theta: float = 1e4, mode: str | None = None):
+            self.options = (dim, heads, theta, mode)
+
+    yield Layer
+    del registry._classes["layer"]
+
+
+def test_classes_that_are_no_dataclass_take_text_too(layer):
+    text = foveate.create("layer:dim=32,heads=4,theta=500,mode=none")
+    same = foveate.create("layer", dim=32, heads=4, theta=500.0, mode=None)
+    assert text.options == same.options == (32, 4, 500.0, None)
+    assert foveate.create("layer:dim=8", heads=2).options == (8, 2, 1e4, None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("layer", TypeError, "layer needs dim, heads, got none"),
+        ("layer:dim=3", TypeError, "layer needs heads, got dim"),
+        ("layer:dim=3,heads=x", TypeError, "layer: option 'heads' must be int, got 'x'"),
+        ("layer:dim=3,head=2", ValueError, "layer has no option 'head'; did you mean 'heads'?"),
+    ],
+)
+def test_bad_options_of_other_classes_are_named(layer, spec, error, words):
+    with pytest.raises(error, match=words.replace("?", r"\?")):
+        foveate.create(spec)
+
+
 def test_a_name_is_taken_once(toy):
     with pytest.raises(ValueError, match="the name 'toy' is already taken by test_registry"):
 

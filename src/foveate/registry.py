@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 import typing
@@ -146,7 +147,7 @@ def create(spec: str, **options: Any) -> Any:
 
     `create("flexprefill", gamma=0.95)` and `create("flexprefill:gamma=0.95")` are equal. Tuples
     are written with slashes: `dense_layers=0/1`. Raises ValueError for an unknown mechanism or
-    option, TypeError for an option of the wrong type.
+    option, TypeError for an option of the wrong type and for one that must be given but is not.
     """
     name, _, tail = spec.partition(":")
     cls = lookup(name.strip())
@@ -157,11 +158,14 @@ def create(spec: str, **options: Any) -> Any:
         if key in options:
             raise ValueError(f"option {key!r} is given twice in {spec!r}")
         options[key] = _parse(cls, name, key, text)
-    if dataclasses.is_dataclass(cls):
-        for key, value in options.items():
-            # JSON knows no tuples: they come back from it as lists.
-            options[key] = tuple(value) if isinstance(value, list) else value
-            _check(options[key], _hint(cls, name, key), name, key)
+    for key, value in options.items():
+        # JSON knows no tuples: they come back from it as lists.
+        options[key] = tuple(value) if isinstance(value, list) else value
+        _check(options[key], _hint(cls, name, key), name, key)
+    taken = inspect.signature(cls).parameters.values()
+    missing = [p.name for p in taken if p.default is p.empty and p.name not in options]
+    if missing:
+        raise TypeError(f"{name} needs {', '.join(missing)}, got {', '.join(options) or 'none'}")
     return cls(**options)
 
 
@@ -178,10 +182,11 @@ def spec_of(mechanism: Any) -> str:
 
 
 def _hint(cls: Any, name: str, key: str) -> Any:
-    fields = {f.name for f in dataclasses.fields(cls)}
-    if key not in fields:
-        raise ValueError(f"{name} has no option {key!r}{nearest(key, sorted(fields))}")
-    return typing.get_type_hints(cls)[key]
+    taken = inspect.signature(cls).parameters
+    if key not in taken:
+        raise ValueError(f"{name} has no option {key!r}{nearest(key, sorted(taken))}")
+    # A dataclass declares its options as fields, any other class where it is made.
+    return typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)[key]
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -192,9 +197,10 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _parse(cls: Any, name: str, key: str, text: str) -> Any:
     """The value of an option written as text, after the field's type."""
-    for kind in _kinds(_hint(cls, name, key)):
-        if kind is type(None) and text.lower() == "none":
-            return None
+    kinds = _kinds(_hint(cls, name, key))
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if kind is str:

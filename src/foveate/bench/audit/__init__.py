@@ -14,6 +14,8 @@ from torch import Tensor
 
 from foveate.registry import create, find, lookup, spec_of
 
+AUDITED = ("attention", "cache", "module")
+
 
 class Fault(AssertionError):
     """A property that does not hold; the message says by how much."""
@@ -64,7 +66,11 @@ def properties(kind: str) -> dict[str, Check]:
         from foveate.bench.audit.cache import PROPERTIES as POLICIES
 
         return POLICIES
-    raise ValueError(f"nothing to audit for kind {kind!r}; known: attention, cache")
+    if kind == "module":
+        from foveate.bench.audit.module import PROPERTIES as LAYERS
+
+        return LAYERS
+    raise ValueError(f"nothing to audit for kind {kind!r}; known: {', '.join(AUDITED)}")
 
 
 def verdict(name: str, prop: str) -> Verdict:
@@ -88,7 +94,7 @@ def audited(names: Sequence[str] = ()) -> list[tuple[str, str]]:
     for card in cards:
         if names:
             properties(card.kind)
-    return [(c.name, c.kind) for c in cards if c.kind in ("attention", "cache")]
+    return [(c.name, c.kind) for c in cards if c.kind in AUDITED]
 
 
 def audit(names: Sequence[str] = ()) -> Iterator[Verdict]:

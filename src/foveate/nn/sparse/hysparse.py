@@ -44,6 +44,15 @@ class HySparseState:
         cost="O(L²·D) in the full layer, O(L·(blocks·block + window)·D) in each sparse one",
         decoding="all keys and values of one layer, `window` of each other one",
         confidence="high on the equations, medium on sizes; one gate a head is our choice",
+        small={
+            "dim": 32,
+            "heads": 4,
+            "kv_heads": 2,
+            "sparse_layers": 2,
+            "block": 4,
+            "blocks": 3,
+            "window": 6,
+        },
     )
 )
 class HySparse(nn.Module):
