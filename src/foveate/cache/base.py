@@ -6,15 +6,23 @@ transformers cache is in `foveate.hf.layers`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from foveate import ops
+from foveate.cache._slots import Slots
 from foveate.registry import Card
 
+__all__ = ["Bounded", "CachePolicy", "Codec", "Eviction", "Packed", "Shared", "Slots", "Tables"]
+
 Packed = dict[str, Tensor]
+
+Tables = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Rotary tables (cos, sin), each (B, L, R), of positions (B, L)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,7 @@ class CachePolicy:
     """A frozen description of what a cache layer keeps; its fields are its options."""
 
     card: ClassVar[Card]
+    pre_rope: ClassVar[bool] = False
 
     def claimed_bytes(
         self,
@@ -43,10 +52,13 @@ class CachePolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Eviction(CachePolicy):
-    """Keeps at most `budget` tokens per kv head of what a prefill brought.
+    """Keeps at most `budget` tokens per kv head of what a prefill brought, and all decoded ones.
 
-    With `evicts_decoding` the budget also holds after every decoded token; without it, decoded
-    tokens are all kept on top of it.
+    A policy scores what a row holds; the highest scores stay. It is shown one row at a time,
+    without padding: the queries q (1, Hq, l, D) of the call that ends, the last l of n tokens,
+    and the keys k (1, Hkv, n, D) they saw. `notes` names numbers it holds of every slot, (Hkv, n)
+    each, in float32: "position" and "count", the tokens behind a slot, are known from the start,
+    others begin at 0. With "count" noted, a slot weighs as much as that many tokens.
     """
 
     evicts_decoding: ClassVar[bool] = False
@@ -56,13 +68,35 @@ class Eviction(CachePolicy):
     def __post_init__(self) -> None:
         ops.check_block("budget", self.budget)
 
-    def keep(self, q: Tensor, k: Tensor, *, scale: float | None) -> Tensor:
-        """Slots to keep, (Hkv, m) ascending with m <= budget, for one row that holds more.
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Names of the numbers held of every slot."""
+        return ()
 
-        q (1, Hq, l, D) are the queries of the call that ends, k (1, Hkv, n, D) all keys it saw;
-        the queries are the last l of the n. No padding is among them.
-        """
+    @property
+    def uneven(self) -> bool:
+        """Whether kv heads can keep different numbers of slots, or slots weigh differently."""
+        return "count" in self.notes
+
+    def due(self, held: float, *, prefill: bool) -> bool:
+        """Whether a row of `held` slots per kv head, on average, evicts when a call ends."""
+        return prefill and held > self.budget
+
+    def observe(self, q: Tensor, k: Tensor, notes: Packed, *, scale: float | None) -> Packed:
+        """Notes that change with the call, (Hkv, n); called after every call."""
+        return {}
+
+    def score(self, q: Tensor, k: Tensor, notes: Packed, *, scale: float | None) -> Tensor:
+        """How much every slot matters, (Hkv, n) float32; inf: it must stay."""
         raise NotImplementedError
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Slots that stay, bool like scores (Hkv, n); −inf marks what is no slot."""
+        return ops.top_k(scores, self.budget, visible=scores > -torch.inf)
+
+    def merge(self, row: Slots, scores: Tensor, kept: Tensor, rope: Tables | None) -> Slots:
+        """What a row holds from now on; by default the slots that were kept, as they are."""
+        return row.keep(kept)
 
     def claimed_bytes(
         self,
@@ -74,10 +108,69 @@ class Eviction(CachePolicy):
         itemsize: int,
         exact: int | None = None,
     ) -> float:
-        """Keys and values of the kept tokens."""
-        kept = min(prompt, self.budget) + seen - prompt
-        tokens = min(seen, self.budget) if self.evicts_decoding else kept
-        return 2.0 * tokens * kv_heads * dim * itemsize
+        """Keys, values and notes of the slots held."""
+        slots = self.slots(min(prompt, self.budget), seen - prompt)
+        return kv_heads * slots * (2.0 * dim * itemsize + 4 * len(self.notes))
+
+    def slots(self, kept: int, decoded: int) -> int:
+        """Slots per kv head, on average, after a prefill left `kept` of them."""
+        return kept + decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Eviction):
+    """Evicts decoded tokens too, whenever more than `buffer` slots lie over the budget.
+
+    A buffer of 0 holds the budget after every token; a larger one evicts less often.
+    """
+
+    evicts_decoding: ClassVar[bool] = True
+
+    buffer: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buffer < 0:
+            raise ValueError(f"buffer must be at least 0, got {self.buffer}")
+
+    def due(self, held: float, *, prefill: bool) -> bool:
+        """After a prefill whenever the budget is exceeded, later when the buffer is full too."""
+        return held > self.budget + (0 if prefill else self.buffer)
+
+    def slots(self, kept: int, decoded: int) -> int:
+        """The budget, and the decoded tokens since the last eviction."""
+        over = kept + decoded - self.budget
+        return self.budget + (over if over < 0 else over % (self.buffer + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared(Eviction):
+    """The kv heads of a layer share its budget by their scores.
+
+    Each head is sure of the share `floor` of an equal part (1: all heads keep equally many).
+    """
+
+    floor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor must be above 0 and at most 1, got {self.floor}")
+
+    @property
+    def uneven(self) -> bool:
+        """Heads differ where they share."""
+        return self.floor < 1 or super().uneven
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """The best of every head, then the best of all heads together."""
+        if self.floor == 1:
+            return super().keep(scores)
+        visible = scores > -torch.inf
+        sure = ops.top_k(scores, max(1, int(self.floor * self.budget)), visible=visible)
+        joint = scores.masked_fill(sure, torch.inf).flatten()
+        kept = ops.top_k(joint, self.budget * scores.shape[0], visible=visible.flatten())
+        return kept.view_as(scores)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from foveate import ops
-from foveate.cache.base import Eviction
+from foveate.cache.base import Packed, Shared
 from foveate.registry import Card, register
 
 
@@ -30,12 +30,12 @@ from foveate.registry import Card, register
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Eviction):
+class SnapKV(Shared):
     """Keeps, per kv head, the last `window` tokens and the best-voted earlier ones.
 
     A vote is the mean softmaxed attention of the last `window` queries and of the query heads of
     a kv head, smoothed over `pool` neighbouring tokens (odd, 1 for none) by `smooth`, max or avg.
-    Smoothing keeps passages whole, as the paper wants for recall; unsmoothed votes stay nearer to
+    The kv heads of a layer may share its budget (`floor` below 1). Smoothing keeps passages whole, as the paper wants for recall; unsmoothed votes stay nearer to
     the dense model's logits on running text.
     """
 
@@ -52,15 +52,11 @@ class SnapKV(Eviction):
         if self.smooth not in ("avg", "max"):
             raise ValueError(f"smooth must be avg or max, got {self.smooth!r}")
 
-    def keep(self, q: Tensor, k: Tensor, *, scale: float | None) -> Tensor:
-        """The slots of the winners, then those of the window."""
-        heads, n = k.shape[1:3]
-        if n <= self.budget:
-            return torch.arange(n, device=k.device).expand(heads, -1)
-        early = n - self.window
-        votes = ops.token_scores(q[:, :, -self.window :], k, scale=scale)[0, :, :early]
+    def score(self, q: Tensor, k: Tensor, notes: Packed, *, scale: float | None) -> Tensor:
+        """Votes; the window stays."""
+        early = k.shape[2] - self.window
+        votes = ops.token_scores(q[:, :, -self.window :], k, scale=scale)[0]
         blur = avg_pool1d if self.smooth == "avg" else max_pool1d
-        votes = blur(votes, self.pool, 1, self.pool // 2)
-        chosen = ops.top_k(votes, self.budget - self.window).nonzero()[:, 1].view(heads, -1)
-        recent = torch.arange(early, n, device=k.device).expand(heads, -1)
-        return torch.cat([chosen, recent], 1)
+        votes[:, :early] = blur(votes[:, :early], self.pool, 1, self.pool // 2)
+        votes[:, early:] = torch.inf
+        return votes

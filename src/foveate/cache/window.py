@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from foveate.cache.base import Eviction
+from foveate.cache.base import Bounded, Packed
 from foveate.registry import Card, register
 
 
@@ -28,10 +27,8 @@ from foveate.registry import Card, register
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class Window(Eviction):
+class Window(Bounded):
     """Keeps the first `sinks` tokens and the last `budget` − `sinks`."""
-
-    evicts_decoding: ClassVar[bool] = True
 
     sinks: int = 4
 
@@ -42,9 +39,8 @@ class Window(Eviction):
                 f"sinks must be at least 0 and below the budget {self.budget}, got {self.sinks}"
             )
 
-    def keep(self, q: Tensor, k: Tensor, *, scale: float | None) -> Tensor:
-        """The same slots for every head."""
-        heads, n = k.shape[1:3]
-        slots = torch.arange(min(self.budget, n), device=k.device)
-        slots[self.sinks :] += n - slots.numel()
-        return slots.expand(heads, -1)
+    def score(self, q: Tensor, k: Tensor, notes: Packed, *, scale: float | None) -> Tensor:
+        """The later the better, the first ones above all."""
+        order = torch.arange(k.shape[2], dtype=torch.float32, device=k.device)
+        order[: self.sinks] = torch.inf
+        return order.expand(k.shape[1], -1)

@@ -34,8 +34,7 @@ def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memor
             )
         if _gives_way(layer, policy):
             sliding = getattr(layer, "is_sliding", False)
-            rotated = isinstance(policy, Codec) and policy.pre_rope
-            tables = rotary_tables(decoder, i) if rotated else None
+            tables = rotary_tables(decoder, i) if policy and policy.pre_rope else None
             layer = _layer_for(None if sliding else policy, layer, owner, tables)
             cache.layers[i] = layer
         if owner is None and isinstance(layer, CodecLayer):
@@ -102,7 +101,11 @@ def _layer_for(
     elif policy is None:
         new = FullLayer()
     elif isinstance(policy, Eviction):
-        new = EvictionLayer(policy)
+        new = EvictionLayer(policy, tables)
+        if old.get_seq_length():
+            new.take_over(old.keys, old.values)
+        new.memory = getattr(old, "memory", new.memory)
+        return new
     elif isinstance(policy, Codec):
         if old.get_seq_length():
             raise ValueError(
@@ -113,6 +116,4 @@ def _layer_for(
     else:
         raise TypeError(f"{policy!r} is no cache policy")
     vars(new).update(vars(old))
-    if isinstance(new, EvictionLayer):
-        new.seen = old.get_seq_length()
     return new

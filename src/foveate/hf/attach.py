@@ -166,13 +166,16 @@ class Attachment:
         mechanism = self._mechanism(call.phase, index, seen.sliding)
         if mechanism is self.dense:
             call.record = None
-        out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
+        if isinstance(layer, EvictionLayer) and layer.policy.uneven and past:
+            out = layer.attend(q, scale=scale, softcap=call.softcap)
+        else:
+            out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
         if isinstance(layer, PolicyLayer):
             layer.finish(q, scale=scale, record=self.record, at=index)
         follower = self._mechanism("decode", index, seen.sliding)
         if call.phase == "prefill" and follower.stateful and layer is not None:
             if isinstance(layer, EvictionLayer):
-                k, call.valid = layer.keys, layer.valid
+                k, call.valid = layer.view()
             follower.after_prefill(_last_queries(q, valid), k, call)
         return out
 
@@ -257,8 +260,14 @@ def _decoder_of(model: Any) -> Any:
 
 
 def _check_slots(decode: list[Attention | None], policies: list[CachePolicy | None]) -> None:
-    """Refuse a decode mechanism that keeps lists of slots over a cache whose slots move."""
+    """Refuse decode mechanisms over slots that move, or that only the cache layer can read."""
     for index, (mechanism, policy) in enumerate(zip(decode, policies, strict=True)):
+        plain = mechanism is None or mechanism.card.name == "dense"
+        if not plain and isinstance(policy, Eviction) and policy.uneven:
+            raise ValueError(
+                f"layer {index}: cache={policy.card.name} keeps slots that differ by head or in "
+                "weight, which only dense attention reads: leave the slot decode empty"
+            )
         moving = isinstance(policy, Eviction) and policy.evicts_decoding
         if mechanism is not None and mechanism.stateful and policy is not None and moving:
             raise ValueError(

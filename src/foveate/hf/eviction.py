@@ -9,84 +9,215 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.attention.base import Record, token_layout
-from foveate.cache.base import Eviction
+from foveate.cache.base import Eviction, Packed, Slots, Tables
 from foveate.hf.layers import PolicyLayer, Recorder
 
 
 class EvictionLayer(PolicyLayer):
-    """Keeps the tokens its policy chooses, per kv head; shorter rows are filled up in front."""
+    """Holds the slots its policy keeps, for every kv head of every row, without padding.
 
-    def __init__(self, policy: Eviction) -> None:
+    Slots of an uneven policy are read by `attend`; those of others are what `update` returns,
+    short rows filled up in front.
+    """
+
+    def __init__(self, policy: Eviction, tables: Tables | None = None) -> None:
         super().__init__(policy)
-        self.keys: Any = None
-        self.values: Any = None
+        self.tables = tables
+        self.slots: Slots | None = None
+        self.real: list[int] = []  # tokens of every row seen so far, without padding
+        self._new: Packed = {}
+        self._grown: Slots | None = None
+        self._fresh: list[Tensor | slice] = []
 
     def stored(self) -> int:
-        """Slots held."""
-        return self.keys.shape[2] if self.is_initialized and self.keys.dim() == 4 else 0
+        """Slots of the longest head."""
+        return 0 if self.slots is None else self.slots.width
+
+    def take_over(self, keys: Tensor, values: Tensor) -> None:
+        """Hold the tokens (B, Hkv, n, ·) of another cache."""
+        self.update(keys, values)
+        self.admit(None, keys.shape[0], keys.shape[2])
+        self._new = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append; the policy acts in `finish`."""
+        """All slots and the new tokens; only the new ones where `attend` reads the slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._new:
+            raise ValueError(
+                f"this cache was filled under {self.policy.card.name}, which needs the model to "
+                "be attached: use it inside the attach block only, or start with an empty cache"
+            )
+        self._new = {"k": key_states, "v": value_states}
         self.seen += key_states.shape[2]
-        return super().update(key_states, value_states)
+        self._grown = self._appended(None)
+        if self.policy.uneven:
+            return key_states, value_states
+        heads = key_states.shape[:2]
+        return tuple(self._grown.padded(name).unflatten(0, heads) for name in self._new)
+
+    def _appended(self, valid: Tensor | None) -> Slots:
+        """The slots and the new tokens, of which valid (B, l) are none of padding."""
+        k = self._new["k"]
+        rows, heads, length = k.shape[:3]
+        if self.slots is None:
+            empty = {n: x.new_empty(0, *x.shape[3:]) for n, x in self._new.items()}
+            empty |= {n: k.new_empty(0, dtype=torch.float32) for n in self.policy.notes}
+            self.slots = Slots(empty, [0] * (rows * heads))
+            self.real = [0] * rows
+        real = k.new_ones(rows, length, dtype=torch.bool) if valid is None else valid
+        start = torch.tensor(self.real, device=k.device)[:, None] - 1
+        known = {"position": real.cumsum(1) + start, "count": real}
+        new = dict(self._new)
+        for name in self.policy.notes:
+            note = known.get(name, torch.zeros_like(real)).float()
+            new[name] = note[:, None].expand(-1, heads, -1)
+        return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()})
+
+    def admit(self, valid: Tensor | None, batch: int, q_len: int) -> Tensor | None:
+        """Take in the new tokens; validity (B, ·) of what `update` returned, None: all real."""
+        before, grown = self.slots, self._grown
+        if before is None or grown is None:
+            raise RuntimeError("admit comes after update")
+        heads = len(before.lengths) // batch
+        filled = grown.filled()[::heads]
+        if valid is None:
+            self.slots, self._fresh = grown, [slice(None)] * batch
+            new = torch.full((batch,), q_len)
+        else:
+            filled[:, -q_len:] &= valid
+            seen = filled if not self.policy.uneven else None
+            grown = self._appended(valid)
+            real = grown.filled()
+            real[:, -q_len:] &= valid.repeat_interleave(heads, 0)
+            self.slots = grown.keep(real)
+            self._fresh = [row.nonzero().squeeze(-1) for row in valid]
+            new = valid.sum(1)
+        self.real = [n + m for n, m in zip(self.real, new.tolist(), strict=True)]
+        self._grown = None
+        if self.policy.uneven and before.width:
+            return valid
+        return None if bool(filled.all()) else filled
+
+    def attend(self, q: Tensor, *, scale: float | None, softcap: float | None) -> Tensor:
+        """Dense attention (B, Hq, Lq, Dv) of the call's queries over the slots of their rows."""
+        out = q.new_zeros(*q.shape[:3], self._new["v"].shape[3])
+        for b, row in enumerate(self._rows()):
+            heads = q.shape[1] // len(row.lengths)
+            first = 0
+            for part in _parts(row):
+                span = slice(first, first + heads * len(part.lengths))
+                first = span.stop
+                queries = q[b : b + 1, span, self._fresh[b]]
+                bias = None
+                if "count" in row.held:
+                    weight = part.padded("count").log()[None, :, None]
+                    bias = weight.repeat_interleave(heads, 1)
+                k, v = part.padded("k")[None], part.padded("v")[None]
+                options: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
+                if queries.shape[2]:
+                    found = ops.attend(queries, k, v, causal=True, **options)
+                    out[b, span, self._fresh[b]] = found[0]
+        return out
 
     def finish(self, q: Tensor, *, scale: float | None, record: Recorder | None, at: int) -> None:
-        """Evict, row by row, what is beyond the budget."""
-        if q.shape[2] == 1 and not self.policy.evicts_decoding and self.seen > 1:
+        """Note what the call showed, and evict where it is due, row by row."""
+        if not self._new:
             return
-        batch, heads, total = self.keys.shape[:3]
-        every = torch.arange(total, device=q.device)
-        rows, changed = [], False
-        for b in range(batch):
-            real = every if self.valid is None else self.valid[b].nonzero().squeeze(-1)
-            own = every[-q.shape[2] :] if self.valid is None else None
-            fresh = own if own is not None else _fresh(self.valid, b, q.shape[2])
-            slots = real.expand(heads, -1)
-            if real.numel() > self.policy.budget and fresh.numel():
-                queries = q[b : b + 1, :, fresh - (total - q.shape[2])]
-                keys = self.keys[b : b + 1, :, real]
-                kept = self.policy.keep(queries, keys, scale=scale)
-                if record is not None and q.shape[2] > 1:
-                    record(_kept_mass(queries, keys, kept, scale, at))
-                slots = real[kept]
-            changed = changed or slots.shape[1] < total
-            rows.append(slots)
+        self._new = {}
+        prefill = q.shape[2] > 1 or self.seen == 1
+        rows, changed = self._rows(), False
+        for b, row in enumerate(rows):
+            queries = q[b : b + 1, :, self._fresh[b]]
+            if not queries.shape[2]:
+                continue
+            if self.policy.notes:
+                row = self._observed(queries, row, scale)
+            if self.policy.due(sum(row.lengths) / len(row.lengths), prefill=prefill):
+                scores = self._scores(queries, row, scale)
+                kept = self.policy.keep(scores)
+                if record is not None and prefill:
+                    record(_kept_mass(queries, row, kept, scale, at))
+                row = self.policy.merge(row, scores, kept, self.tables)
+            changed = changed or row is not rows[b]
+            rows[b] = row
         if changed:
-            self._store(rows)
+            self.slots = Slots.joined(rows)
 
-    def _store(self, rows: list[Tensor]) -> None:
-        """Keep the given slots of every row, filled up in front to the longest."""
-        width = max(r.shape[1] for r in rows)
-        fills = [width - r.shape[1] for r in rows]
-        at = torch.stack(
-            [torch.nn.functional.pad(r, (f, 0)) for r, f in zip(rows, fills, strict=True)]
-        )[..., None]
-        self.keys = self.keys.gather(2, at.expand(-1, -1, -1, self.keys.shape[3]))
-        self.values = self.values.gather(2, at.expand(-1, -1, -1, self.values.shape[3]))
-        self.valid = None
-        if any(fills):
-            slots = torch.arange(width, device=at.device)
-            self.valid = slots >= torch.tensor(fills, device=at.device)[:, None]
+    def _observed(self, q: Tensor, row: Slots, scale: float | None) -> Slots:
+        """A row with its notes brought up to date."""
+        found: dict[str, list[Tensor]] = {}
+        for part, queries in zip(_parts(row), _queries(q, row), strict=True):
+            k, notes = part.padded("k")[None], self._notes(part)
+            for name, x in self.policy.observe(queries, k, notes, scale=scale).items():
+                found.setdefault(name, []).append(x.flatten())
+        if not found:
+            return row
+        held = {name: torch.cat(pieces) for name, pieces in found.items()}
+        return Slots(row.held | held, row.lengths)
+
+    def _scores(self, q: Tensor, row: Slots, scale: float | None) -> Tensor:
+        """Scores (Hkv, width) of a row's slots, −inf where a head has none."""
+        pieces = []
+        for part, queries in zip(_parts(row), _queries(q, row), strict=True):
+            k, notes = part.padded("k")[None], self._notes(part)
+            pieces.append(self.policy.score(queries, k, notes, scale=scale).flatten())
+        scores = Slots({"score": torch.cat(pieces)} | row.held, row.lengths)
+        return scores.padded("score").masked_fill(~row.filled(), -torch.inf)
+
+    def _notes(self, part: Slots) -> Packed:
+        return {name: part.padded(name) for name in self.policy.notes}
+
+    def _rows(self) -> list[Slots]:
+        """The slots of every row."""
+        return [] if self.slots is None else self.slots.rows(len(self.real))
+
+    def view(self) -> tuple[Tensor, Tensor | None]:
+        """Keys (B, Hkv, n, D) held after a call, and their validity (B, n) where rows differ."""
+        if self.slots is None:
+            raise RuntimeError("nothing is held")
+        heads = len(self.slots.lengths) // len(self.real)
+        valid = None if self.slots.even else self.slots.filled()[::heads]
+        return self.slots.padded("k").unflatten(0, (len(self.real), heads)), valid
 
     def tensors(self) -> list[Tensor]:
-        """Keys, values and, with padding, validity."""
-        return [*super().tensors(), *([] if self.valid is None else [self.valid])]
+        """Keys, values and notes."""
+        return [] if self.slots is None else list(self.slots.held.values())
+
+    def _batch(self) -> int:
+        return max(len(self.real), len(self.memory))
+
+    def _select(self, indices: Tensor) -> None:
+        super()._select(indices)
+        if self.slots is not None:
+            rows, kept = self._rows(), indices.tolist()
+            self.slots = Slots.joined([rows[b] for b in kept])
+            self.real = [self.real[b] for b in kept]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.slots = self._grown = None
+        self.real, self._new, self._fresh = [], {}, []
 
 
-def _fresh(valid: Tensor | None, b: int, q_len: int) -> Tensor:
-    """Slots of the real tokens among the last `q_len` of a row."""
-    if valid is None:
-        raise ValueError("validity is needed to tell new tokens from padding")
-    start = valid.shape[1] - q_len
-    return valid[b, start:].nonzero().squeeze(-1) + start
+def _parts(row: Slots) -> list[Slots]:
+    """A row as one part, or head by head where its heads hold different numbers of slots."""
+    return [row] if row.even else row.rows(len(row.lengths))
 
 
-def _kept_mass(q: Tensor, k: Tensor, kept: Tensor, scale: float | None, at: int) -> Record:
-    """Share of tokens kept, and of the last query's attention mass that lies on them."""
-    last = q[:, :, -1:]
-    idx = kept[None, :, None]
-    _, lse = ops.gather(last, k, k, idx, scale=scale, return_lse=True)
-    _, dense = ops.attend(last, k, k, scale=scale, return_lse=True)
-    mass = float(torch.exp(lse - dense).clamp_max(1).mean())
-    share = kept.shape[1] / k.shape[2]
-    return Record(at, "cache", token_layout(idx, None, k.shape[2]), share, mass)
+def _queries(q: Tensor, row: Slots) -> list[Tensor]:
+    """The queries (1, ·, l, D) that read each part of a row."""
+    return [q] if row.even else list(q.chunk(len(row.lengths), 1))
+
+
+def _kept_mass(q: Tensor, row: Slots, kept: Tensor, scale: float | None, at: int) -> Record:
+    """Share of slots kept, and of the last query's attention mass that lies on them."""
+    last, k = q[:, :, -1:], row.padded("k")[None]
+    real, kept = row.filled()[None, :, None], kept[None, :, None]
+    idx = torch.arange(row.width, device=q.device).expand_as(kept)
+    _, part = ops.gather(last, k, k, idx, kept, scale=scale, return_lse=True)
+    _, whole = ops.gather(last, k, k, idx, real, scale=scale, return_lse=True)
+    mass = float(torch.exp(part - whole).clamp_max(1).mean())
+    share = float(kept.sum() / real.sum())
+    return Record(at, "cache", token_layout(idx, kept, row.width), share, mass)

@@ -134,11 +134,23 @@ class PolicyLayer(Stateful, DynamicLayer):
         if self.valid is not None:
             self.valid = self.valid[indices.to(self.valid.device)]
 
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Follow beam search."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._select(torch.arange(self._batch()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Only removing nothing is possible: what was dropped cannot come back."""
         if tokens_to_remove:
             raise ValueError(
-                f"a cache with policy {type(self).__name__} cannot give back "
+                f"a cache with policy {self.policy.card.name} cannot give back "
                 f"{abs(tokens_to_remove)} tokens: speculative and prompt-lookup decoding need a "
                 "cache that keeps every token (attach without the cache slot)"
             )
