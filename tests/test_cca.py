@@ -10,7 +10,9 @@ from attached import (
     step_logits,
 )
 from foveate import ops
+from foveate.attention._trained import ModelShape, write_trained
 from foveate.attention.base import Call, Memory
+from foveate.bench.train import train
 from ops_tools import largest_output
 from sparse_checks import check_common, qkv
 
@@ -20,7 +22,7 @@ def tables(positions):
     return torch.cat((turns, turns), -1).cos(), torch.cat((turns, turns), -1).sin()
 
 
-def turn(x, pos, back=False):
+def turned(x, pos, back=False):
     """One vector (16,) rotated to a position, or back from it."""
     move = ops.unrope if back else ops.rope
     return move(x.view(1, 1, 1, 16), *tables(torch.tensor([[pos]]))).view(16)
@@ -39,8 +41,8 @@ def plain_cca(q, k, v, group, window, core_rope="last", rotated=True, count_bias
                 a = torch.stack([(x @ k[i, kv, at].T / d**0.5).softmax(0) for x in heads]).mean(0)
                 keys = k[i, kv, at]
                 if rotated and core_rope == "last":
-                    plain = [turn(x, m * group + j, back=True) for j, x in enumerate(keys)]
-                    core = turn(a @ torch.stack(plain), last)
+                    plain = [turned(x, m * group + j, back=True) for j, x in enumerate(keys)]
+                    core = turned(a @ torch.stack(plain), last)
                 else:
                     core = a @ keys
                 cores.append((core, a @ v[i, kv, at]))
@@ -149,6 +151,66 @@ def test_a_prompt_read_densely_can_be_decoded_under_it(tiny_llama):
     assert torch.equal(
         generate(tiny_llama, prompt(40), decode=made), generate(tiny_llama, prompt(40))
     )
+
+
+SHAPE = ModelShape(layers=2, q_heads=4, kv_heads=2, dim=16)
+
+
+def tuned(path, turn, **options):
+    """The mechanism with matrices (layers, heads, 16, 16) from a file."""
+    options = {"group": 4, "window": 10, **options}
+    write_trained(path, foveate.create("cca", **options), SHAPE, {"turn": turn})
+    return foveate.create("cca", **options, queries=str(path))
+
+
+def test_tuned_queries_are_turned_before_rotation(tmp_path):
+    q, k, v = qkv(60)
+    turn = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)) / 4
+    made = tuned(tmp_path / "t", turn)
+    plain = torch.stack([torch.stack([turned(x, p, True) for p, x in enumerate(h)]) for h in q[0]])
+    other = plain @ turn[1]
+    want = torch.stack([torch.stack([turned(x, p) for p, x in enumerate(h)]) for h in other])[None]
+    call = Call(layer=1, layers=2, rope=tables)
+    untuned = foveate.create("cca", group=4, window=10)
+    got = made(q, k, v, call=call)
+    torch.testing.assert_close(got, untuned(want, k, v, call=call), atol=1e-5, rtol=1e-4)
+    same = tuned(tmp_path / "s", torch.eye(16).expand(2, 4, -1, -1))
+    start = untuned(q, k, v, call=call)
+    torch.testing.assert_close(same(q, k, v, call=call), start, atol=1e-5, rtol=1e-4)
+
+
+def test_tuned_queries_decode_as_they_prefill(tmp_path, tiny_llama):
+    turn = torch.eye(16) + torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)) / 9
+    made = tuned(tmp_path / "t", turn)
+    check_padded_row_equals_row_alone(tiny_llama, prefill=made, decode=made)
+
+
+def test_tuning_lowers_the_loss_and_leaves_the_model_as_it_is(tiny_llama, tmp_path):
+    before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
+    text = torch.randint(3, 9, (2, 60), generator=torch.Generator().manual_seed(0))
+    made = foveate.create("cca", group=4, window=10)
+    result = train(tiny_llama, made, [text], steps=40, lr=1e-2)
+    assert min(result.losses[-2:]) < result.losses[0] - 0.1
+    for name, p in tiny_llama.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+    result.write(tmp_path / "t")
+    served = foveate.create("cca", group=4, window=10, queries=str(tmp_path / "t"))
+    with torch.no_grad():
+        for mechanism, lower in ((made, False), (served, True)):
+            with foveate.attach(tiny_llama, prefill=mechanism):
+                loss = float(tiny_llama(text[:1], labels=text[:1]).loss)
+            assert (loss < result.losses[0] - 0.1) == lower
+
+
+def test_refuses_files_and_options_that_do_not_fit(tmp_path):
+    tuned(tmp_path / "t", torch.eye(16).expand(2, 4, -1, -1))
+    with pytest.raises(ValueError, match="trained with group=4, but cca has group=8"):
+        foveate.create("cca", group=8, window=10, queries=str(tmp_path / "t"))
+    with pytest.raises(ValueError, match=r"wanted a tensor turn \(2, 4, 16, 16\)"):
+        tuned(tmp_path / "t", torch.eye(16).expand(2, 3, -1, -1))
+    made = tuned(tmp_path / "t", torch.eye(16).expand(2, 4, -1, -1))
+    with pytest.raises(ValueError, match="but this one has 3 layers"):
+        made(*qkv(60), call=Call(layer=0, layers=3))
 
 
 def test_no_quadratic_tensor():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate import ops
+from foveate.attention._trained import Learner, ModelShape, Trainable
 from foveate.attention.base import Attention, Call, Pattern, Result, dense_result
 from foveate.ops import Mask
 from foveate.ops.tile import cap, default_scale
@@ -40,7 +42,7 @@ from foveate.registry import Card, register
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class CCA(Attention):
+class CCA(Trainable, Attention):
     """One core token for each far group of `group` tokens, and the last `window` tokens exactly.
 
     A core is the mean of the group's keys and values under the attention of the group's last
@@ -49,8 +51,13 @@ class CCA(Attention):
     `count_bias` adds log(group) to the logit of a core. Groups whose last query was not seen, as in
     a prompt read by another mechanism, are read exactly, and so is everything under a mask of the
     call. Records count what is read exactly.
+
+    The paper tunes a model's projections to its cores. With the model frozen, `foveate train`
+    tunes one matrix for each layer and query head, which turns queries before rotation, and keeps
+    them in the file `queries` ("": queries as they are).
     """
 
+    trained: ClassVar[str] = "queries"
     stateful: ClassVar[bool] = True
 
     group: int = 16
@@ -58,6 +65,7 @@ class CCA(Attention):
     core_rope: Literal["last", "post"] = "last"
     count_bias: bool = False
     block: int = 64
+    queries: str = ""
 
     def __post_init__(self) -> None:
         for name in ("group", "block"):
@@ -66,8 +74,25 @@ class CCA(Attention):
             raise ValueError(f"window must be at least 0, got {self.window}")
         if self.core_rope not in ("last", "post"):
             raise ValueError(f"core_rope must be last or post, got {self.core_rope!r}")
+        held = self.read()
+        if held is not None:
+            cores = ("group", "window", "core_rope", "count_bias")
+            held.check_options(**{name: getattr(self, name) for name in cores})
+            _check_weights(held.path, held.weights, held.shape)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+        """Attention of the tuned queries."""
+        held = self.read()
+        if held is not None:
+            held.check_model(ModelShape.of(q, k, call))
+            q = _turned(q, held.weights["turn"][call.layer].to(q.device), k.shape[2], call)
+        return self.attend(q, k, v, call)
+
+    def learner(self, shape: ModelShape) -> Learner:
+        """Matrices that leave queries as they are."""
+        return Tuned(self, shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Cores and local tokens, merged into one softmax."""
         first, core_k, core_v = self._cores(q, k, v, call)
         (lq, lk), count = (q.shape[2], k.shape[2]), core_k.shape[2]
@@ -183,3 +208,42 @@ def _far(group: int, size: int, first: int) -> Mask:
         name=f"far({group}, {size})",
         runs=lambda b, h, q: torch.stack((torch.zeros_like(q), end(q)), -1)[..., None, :],
     )
+
+
+def _turned(q: Tensor, turn: Tensor, k_len: int, call: Call) -> Tensor:
+    """Queries before rotation times one matrix (D, D) a head: turn (Hq, D, D)."""
+    tables = call.tables(k_len)
+    if tables is None:
+        return q @ turn.to(q.dtype)
+    cos, sin = (x[:, -q.shape[2] :] for x in tables)
+    return ops.rope(ops.unrope(q, cos, sin) @ turn.to(q.dtype), cos, sin)
+
+
+def _check_weights(path: str, weights: Mapping[str, Tensor], shape: ModelShape) -> None:
+    """Refuse a file whose tensors are not those of tuned queries for its model."""
+    want = (shape.layers, shape.q_heads, shape.dim, shape.dim)
+    got = {name: tuple(x.shape) for name, x in weights.items()}
+    if got != {"turn": want}:
+        raise ValueError(f"{path} holds no tuned queries: wanted a tensor turn {want}, got {got}")
+
+
+class Tuned(Learner):
+    """Matrices for the queries of all layers, trained by the model's loss."""
+
+    through_model = True
+
+    def __init__(self, mechanism: CCA, shape: ModelShape) -> None:
+        super().__init__()
+        start = torch.eye(shape.dim).expand(shape.layers, shape.q_heads, -1, -1)
+        self.turn, self.mechanism = nn.Parameter(start.clone()), mechanism
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention of the turned queries."""
+        q = _turned(q, self.turn[call.layer], k.shape[2], call)
+        return self.mechanism.attend(q, k, v, call).out
+
+    def loss(self, done: float, text: Tensor | None, task: int) -> Tensor:
+        """The model's loss."""
+        if text is None:
+            raise ValueError("cca is tuned through the model, but got no loss of it")
+        return text
