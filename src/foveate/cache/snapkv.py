@@ -35,8 +35,9 @@ class SnapKV(Shared):
 
     A vote is the mean softmaxed attention of the last `window` queries and of the query heads of
     a kv head, smoothed over `pool` neighbouring tokens (odd, 1 for none) by `smooth`, max or avg.
-    The kv heads of a layer may share its budget (`floor` below 1). Smoothing keeps passages whole, as the paper wants for recall; unsmoothed votes stay nearer to
-    the dense model's logits on running text.
+    Smoothing keeps passages whole, as the paper wants for recall; unsmoothed votes stay nearer to
+    the dense model's logits on running text. The kv heads of a layer may share its budget
+    (`floor` below 1).
     """
 
     window: int = 32

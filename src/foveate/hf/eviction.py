@@ -86,7 +86,6 @@ class EvictionLayer(PolicyLayer):
             new = torch.full((batch,), q_len)
         else:
             filled[:, -q_len:] &= valid
-            seen = filled if not self.policy.uneven else None
             grown = self._appended(valid)
             real = grown.filled()
             real[:, -q_len:] &= valid.repeat_interleave(heads, 0)
@@ -162,7 +161,7 @@ class EvictionLayer(PolicyLayer):
         for part, queries in zip(_parts(row), _queries(q, row), strict=True):
             k, notes = part.padded("k")[None], self._notes(part)
             pieces.append(self.policy.score(queries, k, notes, scale=scale).flatten())
-        scores = Slots({"score": torch.cat(pieces)} | row.held, row.lengths)
+        scores = Slots(row.held | {"score": torch.cat(pieces)}, row.lengths)
         return scores.padded("score").masked_fill(~row.filled(), -torch.inf)
 
     def _notes(self, part: Slots) -> Packed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from functools import cache
 from typing import Any
 
@@ -60,36 +62,37 @@ def small(cls: Any) -> CachePolicy:
 
 @torch.no_grad()
 def fed(
-    policy: CachePolicy | None,
+    policy: Any,
     ids: Tensor,
     mask: Tensor | None = None,
     store: Any = None,
-    start: int = PROMPT,
+    cut: int = 0,
     swap: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, steps, vocabulary) of a prompt's end and of the tokens fed one by one after it.
 
-    With `swap` the rows change places, in the cache and in what follows, after the first half of
-    the steps.
+    The last `STEPS` tokens are fed one by one; the prompt at once, or cut in two before its last
+    `cut` tokens. With `swap` the rows change places, in the cache and in what follows, after the
+    first half of the steps.
     """
     from transformers import DynamicCache
 
     store = DynamicCache() if store is None else store
     mask = torch.ones_like(ids) if mask is None else mask
     at, outs = (mask.cumsum(1) - 1).clamp_min(0), []
+    start = ids.shape[1] - STEPS
+    ends = [*([start - cut] if cut else []), *range(start, ids.shape[1] + 1)]
     with attach(model(), cache=policy):
-        for lo, hi in [(0, start), *((i, i + 1) for i in range(start, ids.shape[1]))]:
+        for lo, hi in itertools.pairwise([0, *ends]):
             if swap is not None and lo == (start + ids.shape[1]) // 2:
                 store.reorder_cache(swap)
                 ids, mask, at = ids[swap], mask[swap], at[swap]
             given = {"attention_mask": mask[:, :hi], "position_ids": at[:, lo:hi]}
             outs.append(model()(ids[:, lo:hi], past_key_values=store, **given).logits[:, -1:])
-    return torch.cat(outs, 1)
+    return torch.cat(outs[-STEPS - 1 :], 1)
 
 
-def generated(
-    policy: CachePolicy, ids: Tensor, mask: Tensor | None = None, beams: int = 1
-) -> Tensor:
+def generated(policy: Any, ids: Tensor, mask: Tensor | None = None, beams: int = 1) -> Tensor:
     """New tokens (B, STEPS) of greedy or beam search."""
     mask = torch.ones_like(ids) if mask is None else mask
     count = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
@@ -115,19 +118,25 @@ def full_budget(cls: Any) -> None:
     policy = create(cls.card.name, **{**cls.card.small, **cls.card.full})
     ids = tokens(PROMPT + STEPS)
     close(fed(policy, ids), fed(None, ids))
+    if not torch.equal(generated(policy, ids), generated(None, ids)):
+        raise Fault("generates other tokens than the plain cache")
 
 
 def prompt_untouched(cls: Any) -> None:
     """The prompt itself attends to everything: its own logits are those of the plain model."""
-    ids = tokens(PROMPT)
-    close(fed(small(cls), ids), fed(None, ids))
+    ids = tokens(PROMPT + STEPS)
+    close(fed(small(cls), ids)[:, :1], fed(None, ids)[:, :1])
 
 
 def bytes_held(cls: Any) -> None:
     """After every step the storages hold the bytes that the policy claims, within 2 %."""
+    _holds_its_claim(small(cls))
+
+
+def _holds_its_claim(policy: CachePolicy) -> None:
     from transformers import DynamicCache
 
-    policy, store, ids = small(cls), DynamicCache(), tokens(PROMPT + STEPS)
+    store, ids = DynamicCache(), tokens(PROMPT + STEPS)
     config = model().config
     sizes = {"kv_heads": config.num_key_value_heads, "dim": config.head_dim, "itemsize": 4}
     with attach(model(), cache=policy), torch.no_grad():
@@ -169,22 +178,81 @@ def reorder(cls: Any) -> None:
     close(swapped[:, half + 1 :], plain[swap, half + 1 :])
 
 
-def _rows_alone(cls: Any, beams: int) -> None:
+def _rows_alone(policy: Any, beams: int = 1) -> None:
     rows = [tokens(PROMPT, 1), tokens(PROMPT - 23, 2), tokens(5, 3)]
-    together = generated(small(cls), *left_padded(rows), beams=beams)
-    alone = torch.cat([generated(small(cls), row, beams=beams) for row in rows])
+    together = generated(policy, *left_padded(rows), beams=beams)
+    alone = torch.cat([generated(policy, row, beams=beams) for row in rows])
     if not torch.equal(together, alone):
         raise Fault("a row of a left-padded batch gives other tokens than the row alone")
 
 
 def left_padding(cls: Any) -> None:
     """Greedy tokens of a left-padded row are those of the row alone."""
-    _rows_alone(cls, 1)
+    _rows_alone(small(cls))
 
 
 def beam_search(cls: Any) -> None:
     """The same with three beams."""
-    _rows_alone(cls, 3)
+    _rows_alone(small(cls), 3)
+
+
+def layer_plan(cls: Any) -> None:
+    """The same when only one of the layers has the policy, the first or the last."""
+    for plan in ([small(cls), None], [None, small(cls)]):
+        _rows_alone(plan)
+
+
+def shared_budget(cls: Any) -> None:
+    """Heads that share a budget hold the bytes of one, and are proof against padding and beams."""
+    if "floor" not in cls.__dataclass_fields__:
+        raise Unfit("all kv heads keep equally many tokens")
+    policy = dataclasses.replace(small(cls), floor=0.25)
+    _holds_its_claim(policy)
+    _rows_alone(policy)
+    _rows_alone(policy, 3)
+    _chunks_alone(policy)
+    ids = tokens(PROMPT + STEPS)
+    if float((fed(policy, ids) - fed(small(cls), ids))[:, 1:].abs().max()) < 1e-3:
+        raise Fault("sharing changes nothing")
+
+
+def buffered(cls: Any) -> None:
+    """With a buffer for decoded tokens it holds what it claims, and is proof against padding."""
+    if "buffer" not in cls.__dataclass_fields__:
+        raise Unfit("has no buffer for decoded tokens")
+    policy = dataclasses.replace(small(cls), buffer=5)
+    _holds_its_claim(policy)
+    _rows_alone(policy)
+
+
+def rewind(cls: Any) -> None:
+    """Going back no tokens is allowed; going back some is refused with the reason."""
+    from transformers import DynamicCache
+
+    store = DynamicCache()
+    fed(small(cls), tokens(PROMPT + STEPS), store=store)
+    store.crop(0)
+    if store.get_seq_length() != PROMPT + STEPS:
+        raise Fault("going back by no tokens loses some")
+    try:
+        store.crop(-1)
+    except ValueError as refusal:
+        if "cannot give back" not in str(refusal):
+            raise Fault(f"going back is refused without the reason: {refusal}") from refusal
+    else:
+        raise Fault("going back is not refused")
+
+
+def chunked_prompt(cls: Any) -> None:
+    """A left-padded row whose prompt comes in two calls gives the logits of the row alone."""
+    _chunks_alone(small(cls))
+
+
+def _chunks_alone(policy: CachePolicy) -> None:
+    rows = [tokens(PROMPT + STEPS, 1), tokens(PROMPT + STEPS - 23, 2)]
+    together = fed(policy, *left_padded(rows), cut=30)
+    alone = torch.cat([fed(policy, row, cut=30) for row in rows])
+    close(together, alone)
 
 
 def chunks(cls: Any) -> None:
@@ -209,6 +277,11 @@ PROPERTIES: dict[str, Check] = {
     "reorder": reorder,
     "left padding": left_padding,
     "beam search": beam_search,
+    "layer plan": layer_plan,
     "chunks": chunks,
+    "chunked prompt": chunked_prompt,
+    "shared budget": shared_budget,
+    "buffer": buffered,
+    "rewind": rewind,
     "configuration": survives_copying,
 }
