@@ -110,3 +110,54 @@ def test_a_model_is_left_as_it_was_when_training_fails(tiny_llama, monkeypatch):
     assert still == {"lm_head.weight"}
     with foveate.attach(tiny_llama):
         pass
+
+
+HYSPARSE = {"dim": 64, "heads": 4, "sparse_layers": 1, "block": 4, "blocks": 4, "window": 8}
+
+
+def test_a_layer_learns_what_the_layers_in_the_middle_of_a_model_do(tmp_path):
+    model = build("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = foveate.create("hysparse", **HYSPARSE)
+    result = training.train(model, layer, [ids], steps=60, lr=3e-3)
+    assert result.losses[-1] < 0.5 < result.losses[0]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
+    result.write(tmp_path / "layer")
+    again = training.load_layer(tmp_path / "layer", "hysparse")
+    with torch.no_grad():
+        states = model.model(ids[1:], output_hidden_states=True).hidden_states
+        want, way = states[3], (states[3] - states[1]).square().sum(-1)
+        assert torch.equal(again(states[1]), layer(states[1]))
+        missed = (again(states[1]) - want).square().sum(-1)
+    assert float((missed / way).mean()) < 0.5
+
+
+def test_a_layer_from_the_command_line(run, tiny_model_dir, tmp_path):
+    file, spec = tmp_path / "layer", "hysparse:dim=32,heads=2,sparse_layers=0,block=16"
+    code, out, err = run(spec, tiny_model_dir, *SMALL, "--out", file)
+    assert code == 0, err
+    assert f'load_layer("{file}", "hysparse")' in out
+    assert training.load_layer(file, "hysparse").options["block"] == 16
+
+
+@pytest.mark.parametrize("options", [{"dim": 32}, {"sparse_layers": 3}])
+def test_refuses_a_layer_that_does_not_fit_the_model(options):
+    layer = foveate.create("hysparse", **{**HYSPARSE, **options})
+    with pytest.raises(ValueError, match="got width 64 and 4 layers"):
+        training.train(build("llama"), layer, [torch.ones(1, 9).long()], steps=1)
+
+
+def test_refuses_the_file_of_another_layer(tmp_path):
+    layer = foveate.create("hysparse", **HYSPARSE)
+    held = training.Training(layer, layer, _trained.ModelShape(4, 4, 2, 16), [])
+    held.write(tmp_path / "layer")
+    with pytest.raises(ValueError, match="was trained for hysparse, not for seerattention"):
+        training.load_layer(tmp_path / "layer", "seerattention")
+    layer.sparse = None
+    held.write(tmp_path / "layer")
+    with pytest.raises(ValueError, match="holds no hysparse"):
+        training.load_layer(tmp_path / "layer", "hysparse")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -138,13 +138,17 @@ def _words(shape: ModelShape) -> str:
 def write_trained(
     path: Path, mechanism: Any, shape: ModelShape, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write the trained part of a mechanism, whole or not at all; OSError when that fails."""
+    """Write the trained part of a mechanism, whole or not at all; OSError when that fails.
+
+    A mechanism that is no dataclass names its options in a dict `options`.
+    """
+    options = asdict(mechanism) if is_dataclass(mechanism) else mechanism.options
     draft = path.with_name(f"{path.name}.part")
     about = {
         "format": FORMAT,
         "mechanism": mechanism.card.name,
         "shape": json.dumps(shape._asdict()),
-        "options": json.dumps(asdict(mechanism)),
+        "options": json.dumps(options),
     }
     try:
         save_file({k: x.detach().contiguous() for k, x in weights.items()}, draft, about)

@@ -1,4 +1,4 @@
-"""Training the learned part of a mechanism on a model that stays frozen."""
+"""Training the learned part of a mechanism, or a layer, on a model that stays frozen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from foveate.attention._trained import (
@@ -17,12 +17,13 @@ from foveate.attention._trained import (
     Learner,
     ModelShape,
     Trainable,
+    read_trained,
     write_trained,
 )
 from foveate.attention.base import Attention, Call, Result, dense_result
 from foveate.bench.runs import body, head_logits
 from foveate.hf.attach import attach
-from foveate.registry import Card, find, lookup
+from foveate.registry import Card, create, find, lookup
 from foveate.tasks.train import fit
 
 Progress = Callable[[str, int, int], None]
@@ -30,16 +31,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Training:
-    """What came of a training: the learner, the model it was trained on, the loss of each step."""
+    """What came of a training: what has learned, the model's sizes, the loss of each step."""
 
     mechanism: Any
-    learner: Learner
+    learner: Learner | nn.Module
     shape: ModelShape
     losses: list[float]
 
     def write(self, path: Path) -> None:
         """Keep the trained part in a safetensors file; OSError when it cannot be written."""
-        write_trained(path, self.mechanism, self.shape, self.learner.weights())
+        learner = self.learner
+        weights = learner.weights() if isinstance(learner, Learner) else learner.state_dict()
+        write_trained(path, self.mechanism, self.shape, weights)
 
 
 def train(
@@ -54,8 +57,10 @@ def train(
     """Train a mechanism's learned part on texts of one task each, (windows, tokens) of token ids.
 
     The steps go through the tasks in turn, and through the windows of each. The model's weights
-    are left as they are. progress(stage, done, total) hears how far it is. Raises TypeError for a
-    mechanism that learns nothing, ValueError for texts without a second token.
+    are left as they are. progress(stage, done, total) hears how far it is. A layer that stands for
+    several of a model (it has a `depth`) learns to give what those in its middle give, as
+    `teach` says. Raises TypeError for a mechanism that learns nothing, ValueError for texts without
+    a second token.
     """
     check_trainable(mechanism)
     for ids in texts:
@@ -63,6 +68,9 @@ def train(
             raise ValueError(f"texts must be (windows, tokens >= 2) each, got {tuple(ids.shape)}")
     tell = progress or (lambda stage, done, total: None)
     shape = shape_of(model, texts[0][:1, :2])
+    if isinstance(mechanism, nn.Module):
+        losses = teach(model, mechanism, torch.cat(list(texts)), steps=steps, lr=lr, tell=tell)
+        return Training(mechanism, mechanism, shape, losses)
     learner = mechanism.learner(shape)
     place = InTraining(learner=learner, dense_layers=mechanism.dense_layers)
     windows = [(task, row[None]) for task, ids in enumerate(texts) for row in ids]
@@ -94,12 +102,66 @@ def train(
     return Training(mechanism, learner, shape, losses)
 
 
+def teach(
+    model: Any, layer: Any, ids: Tensor, *, steps: int, lr: float, tell: Progress
+) -> list[float]:
+    """Train a layer of some `depth` to do what as many layers in the middle of a model do.
+
+    ids are (windows, tokens). The loss is the squared distance to the hidden states that the
+    model's layers give, over the squared way they go, mean over tokens: 1 is doing nothing.
+    Raises ValueError when the model is too small.
+    """
+    config = model.config.get_text_config()
+    depth, layers = layer.depth, config.num_hidden_layers
+    if depth >= layers or layer.options["dim"] != config.hidden_size:
+        raise ValueError(
+            f"a layer of dim {layer.options['dim']} that stands for {depth} needs a model of that "
+            f"width with more layers, got width {config.hidden_size} and {layers} layers"
+        )
+    first, pairs = (layers - depth) // 2, []
+    for i, row in enumerate(ids):
+        with torch.no_grad():
+            states = body(model)(row[None], use_cache=False, output_hidden_states=True)
+        pairs.append((states.hidden_states[first], states.hidden_states[first + depth]))
+        tell("watching the model", i + 1, len(ids))
+
+    def loss(step: int) -> Tensor:
+        x, want = pairs[step % len(pairs)]
+        missed, way = (layer(x) - want).square().sum(-1), (x - want).square().sum(-1)
+        return (missed / way).mean()
+
+    return fit(
+        layer.parameters(),
+        loss,
+        steps=steps,
+        lr=lr,
+        weight_decay=0.0,
+        seen=lambda step, value: tell(f"training, loss {value:.3g}", step + 1, steps),
+    )
+
+
+def load_layer(path: Path | str, mechanism: str) -> nn.Module:
+    """A layer that was taught, as its file holds it; ValueError when it holds another."""
+    held = read_trained(str(path), mechanism)
+    layer: nn.Module = create(mechanism, **held.options)
+    try:
+        layer.load_state_dict(held.weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds no {mechanism}: {error}") from error
+    return layer
+
+
 def check_trainable(mechanism: Any) -> None:
     """Refuse a mechanism that learns nothing."""
-    if not isinstance(mechanism, Trainable):
-        known = [c.name for c in find(kind="attention") if issubclass(lookup(c.name), Trainable)]
+    if not _learns(type(mechanism)):
+        known = [c.name for c in find() if _learns(lookup(c.name))]
         name = getattr(getattr(mechanism, "card", None), "name", repr(mechanism))
         raise TypeError(f"{name} has nothing to train; known: {', '.join(known)}")
+
+
+def _learns(cls: Any) -> bool:
+    """Whether a class of mechanisms has a trained part, or is a layer that can be taught."""
+    return issubclass(cls, Trainable) or hasattr(cls, "depth")
 
 
 def text_loss(model: Any, ids: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 200,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
 ) -> None:
-    """Train the learned part of a mechanism (a gate, a router) on a model that stays frozen."""
+    """Train a mechanism's learned part (a gate, a router), or a layer, on a frozen model."""
     from foveate import registry
     from foveate.bench import train as training
     from foveate.hf import builtin
@@ -72,5 +72,8 @@ def train(
         )
     result.write(file)
     tell(f"trained: loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}, kept in {file}")
-    slots = made.card.name + f":{made.trained}={file}"
-    out.print(f'foveate.attach(model, prefill="{slots}")', markup=False, soft_wrap=True)
+    if made.card.kind == "module":
+        use = f'foveate.bench.train.load_layer("{file}", "{made.card.name}")'
+    else:
+        use = f'foveate.attach(model, prefill="{made.card.name}:{made.trained}={file}")'
+    out.print(use, markup=False, soft_wrap=True)

@@ -64,6 +64,9 @@ class HySparse(nn.Module):
     `blocks` best blocks of `block` of the full layer's keys and values, and beside them its own
     last `window` tokens: both outputs are gated, head by head, and summed. Causal; heads rotate
     by their positions (`theta`).
+
+    An architecture has no part that could be trained beside a frozen model. `foveate train`
+    teaches these layers, from scratch, to give what as many layers in the middle of one give.
     """
 
     def __init__(
@@ -94,12 +97,28 @@ class HySparse(nn.Module):
             raise ValueError(
                 f"sparse_layers and mlp must be at least 0, got {sparse_layers} and {mlp}"
             )
+        self.options = {
+            "dim": dim,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "sparse_layers": sparse_layers,
+            "block": block,
+            "blocks": blocks,
+            "window": window,
+            "mlp": mlp,
+            "theta": theta,
+        }
         self.kv_heads, self.head_dim, self.theta = kv_heads, dim // heads, theta
         self.block, self.blocks, self.window = block, blocks, window
         sizes = (dim, heads, kv_heads, mlp)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.full = _Layer(*sizes, gates=0, **made)
         self.sparse = nn.ModuleList(_Layer(*sizes, gates=2, **made) for _ in range(sparse_layers))
+
+    @property
+    def depth(self) -> int:
+        """Layers of a model that it stands for."""
+        return 1 + len(self.sparse)
 
     def forward(
         self,
