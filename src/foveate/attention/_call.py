@@ -102,12 +102,12 @@ class Call:
             own = own[:, self.valid[b]]
         return dataclasses.replace(self, valid=None, memory=None, state=state, positions=own)
 
-    def tables(self, k_len: int) -> tuple[Tensor, Tensor] | None:
-        """Rotary tables (B|1, Lk, R) of all keys; those of the queries are the last Lq."""
+    def tables(self, k_len: int, at: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor] | None:
+        """Rotary tables (B|1, n, R) of the keys `at`, all Lk by default; queries are the last."""
         if self.rope is None:
             return None
-        at = torch.arange(k_len)[None] if self.positions is None else self.positions
-        return self.rope(at)
+        own = torch.arange(k_len)[None] if self.positions is None else self.positions
+        return self.rope(own[:, at])
 
 
 def phase_of(q_len: int, k_len: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from foveate import ops
 from foveate.attention._call import (
@@ -259,33 +260,46 @@ def _tokens_of(pattern: Pattern, k_len: int, *rest: Any) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReuse(Attention):
-    """Decoding that attends to everything now and then, and to the tokens that mattered between.
+    """Attention that chooses tokens now and then and reads the same ones until it chooses again.
 
-    A call that is `due` runs dense attention and lets `choose` write the row's state; other calls
-    gather the tokens that `recall` reads from it. Subclasses differ in the rule, in the scope of
-    the lists (per query head, kv head or layer) and in what is always kept.
+    A call that is `due` lets `choose` write the row's state; what is not due reads the tokens that
+    `recall` takes from it. Calls of several queries are always due. With `dense_when_due` a
+    choosing call itself attends to everything. Subclasses differ in the rule (layers, steps, or
+    how far the query has `turned`), in the scope of the lists (per query head, kv head or layer)
+    and in what is always kept.
     """
 
     stateful: ClassVar[bool] = True
+    dense_when_due: ClassVar[bool] = True
 
     def due(self, q: Tensor, k_len: int, call: Call) -> bool:
-        """Whether this call attends to everything."""
+        """Whether this call of one query chooses."""
         raise NotImplementedError
 
     def choose(self, q: Tensor, k: Tensor, call: Call) -> None:
-        """Keep in `call.state` what later calls will read; called after a due call."""
+        """Keep in `call.state` what later calls will read; called when due."""
         raise NotImplementedError
 
     def recall(self, k_len: int, call: Call) -> Tensor:
         """Tokens to read now, (1, 1|Hkv|Hq, m)."""
         raise NotImplementedError
 
+    def turned(self, query: Tensor, threshold: float, call: Call) -> bool:
+        """Whether a query's cosine with the one that chose last, `query`, is below a threshold."""
+        before = call.state[call.layer]["query"]
+        return float(cosine_similarity(query.flatten(), before.flatten(), dim=0)) < threshold
+
     def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
-        """Dense attention when due, gathered attention otherwise."""
-        if q.shape[2] > 1 or self.due(q, k.shape[2], call):
-            result = dense_result(q, k, v, call)
-            self.choose(q[:, :, -1:], k, call)
-            return result
+        """Choose when due; attend to everything then (`dense_when_due`), else to the choice."""
+        due = q.shape[2] > 1 or self.due(q, k.shape[2], call)
+        if due:
+            self.choose(q, k, call)
+        if due and self.dense_when_due:
+            return dense_result(q, k, v, call)
+        return self.read(q, k, v, call)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
+        """Gathered attention over the tokens of the choice."""
         idx = self.recall(k.shape[2], call)[:, :, None]
         if idx.shape[3] >= k.shape[2]:
             return dense_result(q, k, v, call)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from foveate import ops
 from foveate.attention.base import Call, IndexReuse
@@ -61,7 +60,7 @@ class Recycled(IndexReuse):
     def prefilled(self, q: Tensor, k: Tensor, call: Call) -> None:
         """The prompt is step 0: its last query makes the first list."""
         call.state[call.layer].clear()
-        self.choose(q[:, :, -1:], k, call)
+        self.choose(q, k, call)
 
     def due(self, q: Tensor, k_len: int, call: Call) -> bool:
         """Steps of the schedule, and those that do not continue what the state knows."""
@@ -73,7 +72,7 @@ class Recycled(IndexReuse):
             return step % self.stride == 0
         if step % self.check_every:
             return False
-        return float(cosine_similarity(_mean(q), held["query"], dim=0)) < self.threshold
+        return self.turned(_mean(q), self.threshold, call)
 
     def choose(self, q: Tensor, k: Tensor, call: Call) -> None:
         """List the tokens of the largest weights, lowest first: the order in which they leave."""
@@ -96,5 +95,5 @@ class Recycled(IndexReuse):
 
 
 def _mean(q: Tensor) -> Tensor:
-    """A query averaged over the layer's heads, (D,) float32."""
-    return q.float().mean((0, 1, 2))
+    """The last query averaged over the layer's heads, (D,) float32."""
+    return q[:, :, -1].float().mean((0, 1))

@@ -73,7 +73,8 @@ class Tidal(IndexReuse):
         """Keep the tokens of the largest logits, where the layer is one that chooses."""
         if call.layer not in self._selecting(call.layers):
             return
-        logits = ops.grouped_logits(q, k, 1.0 if call.scale is None else call.scale)[:, :, 0]
+        scale = 1.0 if call.scale is None else call.scale
+        logits = ops.grouped_logits(q[:, :, -1:], k, scale)[:, :, 0]
         if self.scope == "kv":
             logits = logits.unflatten(1, (k.shape[1], -1)).amax(2)
         n = k.shape[2]
