@@ -68,12 +68,6 @@ class Slots:
             held[name] = torch.cat([piece for pair in pairs for piece in pair])
         return Slots(held, [n + count for n in self.lengths])
 
-    def pick(self, segments: Sequence[int]) -> Slots:
-        """The segments of these numbers, in this order."""
-        pieces = {name: x.split(self.lengths) for name, x in self.held.items()}
-        held = {name: torch.cat([x[i] for i in segments]) for name, x in pieces.items()}
-        return Slots(held, [self.lengths[i] for i in segments])
-
     def rows(self, count: int) -> list[Slots]:
         """The segments of each of `count` rows, as views."""
         heads = len(self.lengths) // count

@@ -30,7 +30,6 @@ class CachePolicy:
     """A frozen description of what a cache layer keeps; its fields are its options."""
 
     card: ClassVar[Card]
-    pre_rope: ClassVar[bool] = False
 
     def claimed_bytes(
         self,
@@ -58,7 +57,8 @@ class Eviction(CachePolicy):
     without padding: the queries q (1, Hq, l, D) of the call that ends, the last l of n tokens,
     and the keys k (1, Hkv, n, D) they saw. `notes` names numbers it holds of every slot, (Hkv, n)
     each, in float32: "position" and "count", the tokens behind a slot, are known from the start,
-    others begin at 0. With "count" noted, a slot weighs as much as that many tokens.
+    others begin at 0. With "count" noted, a slot weighs as much as that many tokens; with
+    "position", `merge` is given the model's rotary tables.
     """
 
     evicts_decoding: ClassVar[bool] = False

@@ -34,7 +34,7 @@ def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memor
             )
         if _gives_way(layer, policy):
             sliding = getattr(layer, "is_sliding", False)
-            tables = rotary_tables(decoder, i) if policy and policy.pre_rope else None
+            tables = rotary_tables(decoder, i) if _turns_keys(policy) else None
             layer = _layer_for(None if sliding else policy, layer, owner, tables)
             cache.layers[i] = layer
         if owner is None and isinstance(layer, CodecLayer):
@@ -75,6 +75,13 @@ def rotary_tables(decoder: Any, index: int) -> Tables | None:
         return cos, sin
 
     return tables
+
+
+def _turns_keys(policy: CachePolicy | None) -> bool:
+    """Whether a policy must see keys without their rotary embedding."""
+    if isinstance(policy, Eviction):
+        return "position" in policy.notes
+    return isinstance(policy, Codec) and policy.pre_rope
 
 
 def _gives_way(layer: Any, policy: CachePolicy | None) -> bool:

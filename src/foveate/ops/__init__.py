@@ -22,6 +22,7 @@ from foveate.ops.layout import (
 from foveate.ops.linear_attention import linear_attention_global
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
 from foveate.ops.merge import merge
+from foveate.ops.mix import mix
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
 from foveate.ops.prefix_softmax import prefix_softmax_gate
 from foveate.ops.quantize import Quantized, dequantize, quantize, quantized_bytes
@@ -67,6 +68,7 @@ __all__ = [
     "hadamard",
     "linear_attention_global",
     "merge",
+    "mix",
     "neighborhood",
     "padding",
     "pool_blocks",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from functools import cache
 from typing import Any
@@ -206,7 +205,7 @@ def shared_budget(cls: Any) -> None:
     """Heads that share a budget hold the bytes of one, and are proof against padding and beams."""
     if "floor" not in cls.__dataclass_fields__:
         raise Unfit("all kv heads keep equally many tokens")
-    policy = dataclasses.replace(small(cls), floor=0.25)
+    policy: Any = create(cls.card.name, **{**cls.card.small, "floor": 0.25})
     _holds_its_claim(policy)
     _rows_alone(policy)
     _rows_alone(policy, 3)
@@ -220,7 +219,7 @@ def buffered(cls: Any) -> None:
     """With a buffer for decoded tokens it holds what it claims, and is proof against padding."""
     if "buffer" not in cls.__dataclass_fields__:
         raise Unfit("has no buffer for decoded tokens")
-    policy = dataclasses.replace(small(cls), buffer=5)
+    policy: Any = create(cls.card.name, **{**cls.card.small, "buffer": 5})
     _holds_its_claim(policy)
     _rows_alone(policy)
 
