@@ -25,7 +25,7 @@ def test_the_line_it_prints_uses_what_it_learned(run, tiny_model_dir, tmp_path):
     file = tmp_path / "gate.safetensors"
     code, out, err = run("seerattention:block=16", tiny_model_dir, *SMALL, "--out", file)
     assert code == 0 and str(file) in err
-    assert f'prefill="seerattention:gate={file}"' in out
+    assert f'prefill="seerattention:block=16,gate={file}"' in out
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
     held = foveate.create(f"seerattention:block=16,gate={file}").read()
     assert held.shape == (2, 2, 1, 16)

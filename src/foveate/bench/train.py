@@ -72,7 +72,8 @@ def train(
         losses = teach(model, mechanism, torch.cat(list(texts)), steps=steps, lr=lr, tell=tell)
         return Training(mechanism, mechanism, shape, losses)
     learner = mechanism.learner(shape)
-    place = InTraining(learner=learner, dense_layers=mechanism.dense_layers)
+    dense = getattr(mechanism, "dense_layers", ())
+    place = InTraining(learner=learner, dense_layers=dense)
     windows = [(task, row[None]) for task, ids in enumerate(texts) for row in ids]
 
     def loss(step: int) -> Tensor:

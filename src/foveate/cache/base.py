@@ -94,7 +94,9 @@ class Eviction(CachePolicy):
         """Slots that stay, bool like scores (Hkv, n); −inf marks what is no slot."""
         return ops.top_k(scores, self.budget, visible=scores > -torch.inf)
 
-    def merge(self, row: Slots, scores: Tensor, kept: Tensor, rope: Tables | None) -> Slots:
+    def merge(
+        self, row: Slots, scores: Tensor, kept: Tensor, *, rope: Tables | None, layer: int
+    ) -> Slots:
         """What a row holds from now on; by default the slots that were kept, as they are."""
         return row.keep(kept)
 
@@ -109,7 +111,8 @@ class Eviction(CachePolicy):
         exact: int | None = None,
     ) -> float:
         """Keys, values and notes of the slots held."""
-        slots = self.slots(min(prompt, self.budget), seen - prompt)
+        kept = self.budget if self.due(prompt, prefill=True) else prompt
+        slots = self.slots(kept, seen - prompt)
         return kv_heads * slots * (2.0 * dim * itemsize + 4 * len(self.notes))
 
     def slots(self, kept: int, decoded: int) -> int:

@@ -93,7 +93,9 @@ class EMS(Bounded):
         scores[:, early:] = torch.inf
         return scores
 
-    def merge(self, row: Slots, scores: Tensor, kept: Tensor, rope: Tables | None) -> Slots:
+    def merge(
+        self, row: Slots, scores: Tensor, kept: Tensor, *, rope: Tables | None, layer: int
+    ) -> Slots:
         """The kept slots, the centres among them made means of their clusters."""
         centre = kept & torch.isfinite(scores)
         count = int(centre[0].sum())

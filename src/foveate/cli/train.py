@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -75,5 +76,7 @@ def train(
     if made.card.kind == "module":
         use = f'foveate.bench.train.load_layer("{file}", "{made.card.name}")'
     else:
-        use = f'foveate.attach(model, prefill="{made.card.name}:{made.trained}={file}")'
+        slot = "cache" if made.card.kind == "cache" else "prefill"
+        taught = dataclasses.replace(made, **{made.trained: str(file)})
+        use = f'foveate.attach(model, {slot}="{registry.spec_of(taught)}")'
     out.print(use, markup=False, soft_wrap=True)

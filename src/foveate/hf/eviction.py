@@ -137,7 +137,7 @@ class EvictionLayer(PolicyLayer):
                 kept = self.policy.keep(scores)
                 if record is not None and prefill:
                     record(_kept_mass(queries, row, kept, scale, at))
-                row = self.policy.merge(row, scores, kept, self.tables)
+                row = self.policy.merge(row, scores, kept, rope=self.tables, layer=at)
             changed = changed or row is not rows[b]
             rows[b] = row
         if changed:
