@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import ops
+from foveate.nn._attention import rotary
 from foveate.ops import BlockLayout, Mask
 from foveate.registry import Card, register
 
@@ -189,10 +190,7 @@ class HySparse(nn.Module):
 
     def _tables(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables (L, D) of positions."""
-        half = torch.arange(0, self.head_dim, 2, device=at.device) / self.head_dim
-        turns = at[:, None] * self.theta**-half
-        turns = torch.cat((turns, turns), -1)
-        return turns.cos(), turns.sin()
+        return rotary(at, self.head_dim, self.theta)
 
 
 class _Layer(nn.Module):

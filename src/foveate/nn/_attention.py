@@ -1,0 +1,148 @@
+"""What attention layers share: projections to heads, rotation, and what decoding keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate import ops
+from foveate.ops import Mask
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """What decoding keeps: keys and values (B, Hkv, tokens seen, D), keys rotated."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def pos(self) -> int:
+        """Tokens seen."""
+        return self.keys.shape[2]
+
+
+class Projections(NamedTuple):
+    """Weights of a trained layer: q (Hq·D, dim), k and v (Hkv·D, dim), out (dim, Hq·D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(cls, layer: Any) -> Projections:
+        """Those of an attention layer whose linear parts are called as in transformers.
+
+        Raises TypeError for a layer that has no such parts, ValueError for one with biases.
+        """
+        parts = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        if any(not isinstance(part, nn.Linear) for part in parts):
+            raise TypeError(
+                f"a layer to convert needs linear q_proj, k_proj, v_proj and o_proj, "
+                f"got {type(layer).__name__}"
+            )
+        if any(part.bias is not None for part in parts if part is not None):
+            raise ValueError("a layer to convert must have no biases")
+        return cls(*(part.weight.detach() for part in parts if part is not None))
+
+
+def rotary(at: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary tables (L, width) of positions at (L,)."""
+    turns = at[:, None] * theta ** -(torch.arange(0, width, 2, device=at.device) / width)
+    turns = torch.cat((turns, turns), -1)
+    return turns.cos(), turns.sin()
+
+
+class AttentionLayer(nn.Module):
+    """Projections of tokens to heads and back; a subclass says what happens between in `attend`.
+
+    x gives the queries, and the keys and values too unless a context does. With `theta` queries
+    and keys rotate by their positions; the queries are at the last positions of the keys.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        head_dim: int | None = None,
+        theta: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
+            ops.check_block(name, size)
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads")
+        width = dim // heads if head_dim is None else ops.check_block("head_dim", head_dim)
+        if theta is not None and width % 2:
+            raise ValueError(f"heads that rotate must have an even width, got {width}")
+        self.heads, self.kv_heads, self.head_dim, self.theta = heads, kv_heads, width, theta
+        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.q = nn.Linear(dim, heads * width, **made)
+        self.k, self.v = (nn.Linear(dim, kv_heads * width, **made) for _ in range(2))
+        self.out = nn.Linear(heads * width, dim, **made)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask | None) -> Tensor:
+        """q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) -> (B, Hq, Lq, D)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        causal: bool = True,
+        mask: Mask | None = None,
+        state: KeyValues | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """x (B, L, dim), context (B, Lk, dim) -> y (B, L, dim), with `return_state` (y, state).
+
+        With a state, x goes on where it ended. `mask` joins causality, on absolute positions.
+        Raises ValueError for a state together with a context or without causality.
+        """
+        if (state is not None or return_state) and (context is not None or not causal):
+            raise ValueError("a state is kept for causal self-attention only")
+        old = 0 if state is None else state.pos
+        source = x if context is None else context
+        end = old + source.shape[1]
+        q = self._turned(self._split(self.q(x)), max(end - x.shape[1], 0))
+        k, v = self._turned(self._split(self.k(source)), old), self._split(self.v(source))
+        if state is not None:
+            k, v = torch.cat((state.keys, k), 2), torch.cat((state.values, v), 2)
+        y = self.out(self.attend(q, k, v, causal, mask).transpose(1, 2).flatten(2))
+        return (y, KeyValues(k, v)) if return_state else y
+
+    def step(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        """One token x (B, dim) after those of the state: y (B, dim) and the state after it."""
+        y, state = self.forward(x[:, None], state=state, return_state=True)
+        return y[:, 0], state
+
+    @torch.no_grad()
+    def load(self, weights: Projections) -> None:
+        """Take over projections of the sizes of its own; ValueError when one does not fit."""
+        for name, weight in weights._asdict().items():
+            mine = self.get_parameter(f"{name}.weight")
+            if weight.shape != mine.shape:
+                raise ValueError(
+                    f"projection {name} must be {tuple(mine.shape)}, got {tuple(weight.shape)}"
+                )
+            mine.copy_(weight)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, L, H·D) -> (B, H, L, D)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _turned(self, x: Tensor, first: int) -> Tensor:
+        """Heads (B, H, L, D) rotated by the positions from `first` on."""
+        if self.theta is None:
+            return x
+        at = torch.arange(first, first + x.shape[2], device=x.device)
+        return ops.rope(x, *rotary(at, self.head_dim, self.theta))

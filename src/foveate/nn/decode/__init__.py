@@ -1,0 +1,1 @@
+"""Layers made for cheap decoding."""
