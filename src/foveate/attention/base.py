@@ -17,6 +17,7 @@ from foveate.attention._call import (
     Memory,
     Record,
     Result,
+    Shared,
     Slot,
     Tables,
     measure,
@@ -35,9 +36,11 @@ __all__ = [
     "Pattern",
     "Record",
     "Result",
+    "Shared",
     "Slot",
     "Tables",
     "TokenSparse",
+    "attend_span",
     "dense_result",
     "phase_of",
     "token_layout",
@@ -51,11 +54,12 @@ class Attention:
     Where it does not act (below `min_len` keys, in `dense_layers`, in the first `dense_steps`
     denoising steps, in a phase that is not on its card) it is dense attention. Padded rows are run
     one by one without their padding, so that a row never depends on its batch mates; so are all
-    rows of a mechanism that keeps state.
+    rows of a mechanism that keeps state. One that `shares` also reads what all rows follow.
     """
 
     card: ClassVar[Card]
     stateful: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
 
     min_len: int = 0
     dense_layers: tuple[int, ...] = ()
@@ -150,6 +154,21 @@ class BlockSparse(Attention):
 def dense_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """Dense attention as a mechanism's result."""
     return Result(ops.attend(q, k, v, **call.options()))
+
+
+def attend_span(
+    q: Tensor, k: Tensor, v: Tensor, lo: int, hi: int, call: Call
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries, the last positions of k, over its keys lo … hi - 1 alone."""
+    first, options = k.shape[2] - q.shape[2], call.options()
+    at = torch.arange(first, k.shape[2], device=q.device)
+    if call.mask is not None:
+        options |= {"q_pos": at, "k_pos": torch.arange(lo, hi, device=q.device)}
+    elif call.causal and hi > first + 1:
+        options["q_pos"] = at - lo
+    else:
+        options["causal"] = False
+    return ops.attend(q, k[:, :, lo:hi], v[:, :, lo:hi], return_lse=True, **options)
 
 
 def _gathered(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
 from foveate import ops
-from foveate.attention.base import Call, IndexReuse, Result
+from foveate.attention.base import Call, IndexReuse, Result, attend_span
 from foveate.ops import BlockLayout
 from foveate.registry import Card, register
 
@@ -126,18 +126,12 @@ class TokenSelect(IndexReuse):
             held["far"] = self._numbered(k, idx, call), v[:, :, idx]
         held.update(k_len=n, age=held["age"] + 1)
         recent = torch.arange(start, n, device=q.device)
-        masked: list[dict[str, Any]] = [{}, {}]
         if call.mask is not None:
-            masked = [{"q_pos": recent[-lq:], "k_pos": at} for at in (idx, recent)]
-        far = ops.attend(
-            self._last(q, n, idx.numel() + self.window, call),
-            *held["far"],
-            return_lse=True,
-            **(options | {"causal": False} | masked[0]),
-        )
-        near = ops.attend(
-            q, k[:, :, start:], v[:, :, start:], return_lse=True, **(options | masked[1])
-        )
+            options |= {"q_pos": recent[-lq:], "k_pos": idx}
+        last = self._last(q, n, idx.numel() + self.window, call)
+        options["causal"] = False
+        far = ops.attend(last, *held["far"], return_lse=True, **options)
+        near = attend_span(q, k, v, start, n, call)
         layout = self._layout(torch.cat((idx, recent)), lq, n, call)
         return Result(*ops.merge((far, near)), layout)
 

@@ -1,0 +1,1 @@
+"""Claims of attention and caches made for decoding."""
