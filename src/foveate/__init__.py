@@ -17,6 +17,7 @@ from foveate.registry import Card, create, find, register
 
 if TYPE_CHECKING:
     from foveate.hf.attach import attach
+    from foveate.hf.prefix import prefix
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "groups",
     "neighborhood",
     "padding",
+    "prefix",
     "radial",
     "register",
     "sinks",
@@ -44,9 +46,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`attach` needs transformers: it is imported on first use."""
+    """`attach` and `prefix` need transformers: they are imported on first use."""
     if name == "attach":
         from foveate.hf.attach import attach
 
         return attach
+    if name == "prefix":
+        from foveate.hf.prefix import prefix
+
+        return prefix
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")

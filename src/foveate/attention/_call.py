@@ -33,6 +33,18 @@ class Memory(dict[int, list[Slot]]):
         return slots
 
 
+class Shared(NamedTuple):
+    """Keys and values in one layer that every row of a batch follows, held once for all of them.
+
+    k, v (1, Hkv, P, D) are a prefix; documents, if any, are the keys and values (1, Hkv, n, D) of
+    texts that were read after the prefix, each without the others.
+    """
+
+    k: Tensor
+    v: Tensor
+    documents: tuple[Tensor, Tensor] | None = None
+
+
 class Record(NamedTuple):
     """What one call did: its layout, the share of pairs it computed, of mass it kept.
 
@@ -63,7 +75,9 @@ class Call:
     lives as long as the sequence; record, if given, is told what the call did. `state` is the
     memory of one row, layer -> slot: what a stateful mechanism reads and writes. rope turns
     positions into the tables q and k were rotated by (None: not rotated); positions (B, Lk) are
-    those of the keys (None: 0 … Lk - 1). step counts the denoising steps of a diffusion model.
+    those of the keys (None: 0 … Lk - 1). shared is what all rows follow: it is no part of k and
+    v, and only a mechanism that `shares` reads it. step counts the denoising steps of a diffusion
+    model.
     """
 
     layer: int = 0
@@ -78,6 +92,7 @@ class Call:
     record: Callable[[Record], None] | None = None
     rope: Tables | None = None
     positions: Tensor | None = None
+    shared: Shared | None = None
     step: int = 0
     state: dict[int, Slot] = field(default_factory=dict)
 

@@ -49,15 +49,19 @@ def announce(cache: Any, kwargs: dict[str, Any]) -> None:
     owner = next((x for x in cache.layers if isinstance(x, CodecLayer)), None)
     if owner is None:
         return
+    owner.locate(*positions_of(kwargs, owner.get_seq_length()))
+
+
+def positions_of(kwargs: dict[str, Any], seen: int) -> tuple[Tensor, int]:
+    """Positions (B|1, Lq) of a decoder call's tokens, after `seen` others, and its batch size."""
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
         raise ValueError("the decoder was called with neither input_ids nor inputs_embeds")
     positions = kwargs.get("position_ids")
     if positions is None:
-        start = owner.get_seq_length()
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-    owner.locate(positions, tokens.shape[0])
+        positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
+    return positions, tokens.shape[0]
 
 
 def rotary_tables(decoder: Any, index: int) -> Tables | None:

@@ -21,6 +21,7 @@ from foveate.hf.layers import PolicyLayer
 from foveate.hf.masks import layer_mask, understand
 from foveate.hf.plan import attention_plan, cache_plan
 from foveate.hf.planfile import Plan, load_plan
+from foveate.hf.tails import Prefix, TailLayer, follow
 from foveate.registry import create
 
 _NAME = "foveate"
@@ -30,13 +31,21 @@ _FOREIGN = ("s_aux", "position_bias")
 
 
 def attach(
-    model: Any, *, prefill: Any = None, decode: Any = None, cache: Any = None, plan: Any = None
+    model: Any,
+    *,
+    prefill: Any = None,
+    decode: Any = None,
+    cache: Any = None,
+    plan: Any = None,
+    prefix: Prefix | None = None,
 ) -> Attachment:
     """Run mechanisms inside a transformers decoder; use as a context manager or call `detach`.
 
     Each slot takes a mechanism, a name, a `name:key=value,…` string, a list with one entry per
     layer (an entry may be a list with one per kv head) or a dict {layer: entry}; None is dense
     attention and a full cache. `plan`, a file that `foveate tune` wrote, fills the slot prefill.
+    With `prefix`, made by `foveate.prefix`, every sequence follows that text: its tokens and
+    positions count from the end of it, and its cache holds only what comes after.
     Layers with a sliding window of the model's own keep it: no slot
     acts on them. Raises TypeError for what is no suitable mechanism or model and
     RuntimeError when the model is already attached. On exit the model is exactly as before.
@@ -47,13 +56,15 @@ def attach(
         made = plan if isinstance(plan, Plan) else load_plan(plan)
         made.fit(model, "the plan" if made is plan else str(plan))
         prefill = made.prefill
-    return Attachment(model, prefill, decode, cache)
+    return Attachment(model, prefill, decode, cache, prefix)
 
 
 class Attachment:
     """A model with mechanisms in its slots; `record`, if set, is told what every call did."""
 
-    def __init__(self, model: Any, prefill: Any, decode: Any, cache: Any) -> None:
+    def __init__(
+        self, model: Any, prefill: Any, decode: Any, cache: Any, prefix: Prefix | None
+    ) -> None:
         self.decoder = _decoder_of(model)
         config = self.decoder.config
         self.layers = int(config.num_hidden_layers)
@@ -61,7 +72,11 @@ class Attachment:
         self.decode = attention_plan("decode", decode, self.layers)
         self.policies = cache_plan(cache, self.layers)
         _check_slots(self.decode, self.policies)
-        self.dense: Attention = create("dense")
+        # Dense attention to a shared prefix and what follows it goes by the name of relay.
+        self.dense: Attention = create("dense" if prefix is None else "relay")
+        self.prefix = prefix
+        if prefix is not None:
+            prefix.check(self.decoder, [*self.prefill, *self.decode], self.policies)
         self.rope = [rotary_tables(self.decoder, index) for index in range(self.layers)]
         self.record: Callable[[Record], None] | None = None
         self._cache: Any = None
@@ -113,13 +128,16 @@ class Attachment:
         self._cache, self._memory = cache, Memory()
         if cache is not None:
             self._memory = adopt(cache, self.policies, self.decoder)
+            follow(cache, self.prefix)
             announce(cache, kwargs)
+        if self.prefix is not None:
+            kwargs["position_ids"] = self.prefix.moved(kwargs, cache)
         return (), kwargs
 
     def _leave(self, *_: Any) -> None:
         """After the decoder ran: forget the call, rotary tables included."""
         for layer in getattr(self._cache, "layers", []):
-            if isinstance(layer, CodecLayer):
+            if isinstance(layer, CodecLayer | TailLayer):
                 layer.forget()
         self._cache, self._memory = None, Memory()
 
@@ -159,6 +177,7 @@ class Attachment:
             softcap=options.get("softcap"),
             memory=self._memory,
             record=self.record,
+            shared=None if self.prefix is None else self.prefix.layers[index],
         )
         if index < self.layers and not isinstance(layer, EvictionLayer):
             call.rope = self.rope[index]
