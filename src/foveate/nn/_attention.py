@@ -100,13 +100,13 @@ class AttentionLayer(nn.Module):
         context: Tensor | None = None,
         causal: bool = True,
         mask: Mask | None = None,
-        state: KeyValues | None = None,
+        state: Any = None,
         return_state: bool = False,
     ) -> Any:
         """x (B, L, dim), context (B, Lk, dim) -> y (B, L, dim), with `return_state` (y, state).
 
-        With a state, x goes on where it ended. `mask` joins causality, on absolute positions.
-        Raises ValueError for a state together with a context or without causality.
+        With a state, `KeyValues`, x goes on where it ended. `mask` joins causality, on absolute
+        positions. Raises ValueError for a state together with a context or without causality.
         """
         if (state is not None or return_state) and (context is not None or not causal):
             raise ValueError("a state is kept for causal self-attention only")
@@ -120,7 +120,7 @@ class AttentionLayer(nn.Module):
         y = self.out(self.attend(q, k, v, causal, mask).transpose(1, 2).flatten(2))
         return (y, KeyValues(k, v)) if return_state else y
 
-    def step(self, x: Tensor, state: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One token x (B, dim) after those of the state: y (B, dim) and the state after it."""
         y, state = self.forward(x[:, None], state=state, return_state=True)
         return y[:, 0], state

@@ -110,9 +110,11 @@ def steps(cls: Any) -> None:
 
 
 def gradients(cls: Any) -> None:
-    """Gradients are finite and reach the input and every parameter."""
-    layer, x = small(cls), tokens(cls).requires_grad_()
-    layer(x, **ways(cls)[0]).square().mean().backward()
+    """In training gradients are finite and reach the input and every parameter."""
+    layer, x = small(cls).train(), tokens(cls).requires_grad_()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer(x, **ways(cls)[0]).square().mean().backward()
     for name, p in [("the input", x), *layer.named_parameters()]:
         if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.abs().sum() > 0:
             raise Fault(f"no gradient, or no finite one, reaches {name}")
