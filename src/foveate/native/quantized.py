@@ -29,6 +29,12 @@ class PackedArg(Record):
         return cls(*(TensorArg.of(x) for x in parts), bits, *tile)
 
 
+def _whole_groups(channels: int, row_bytes: int) -> bool:
+    """Whether groups are whole planes of a row, or whole vectors within one."""
+    within = channels % 32 == 0 and row_bytes % channels == 0
+    return within or (channels % 16 == 0 and channels % row_bytes == 0)
+
+
 class _Call(Record):
     """Mirrors QuantizedCall in quantized.cpp."""
 
@@ -38,7 +44,7 @@ class _Call(Record):
 def serves(bits: int, tile: tuple[int, int], dim: int) -> bool:
     """Whether the kernel reads codes of a head dim in groups of (tokens, channels)."""
     tokens, channels = tile
-    by_token = tokens == 1 and (channels == dim or channels % 32 == 0)
+    by_token = tokens == 1 and (channels == dim or _whole_groups(channels, dim * bits // 8))
     by_channel = channels == 1 and tokens % 16 == 0
     return bits in BITS and dim % 16 == 0 and dim <= 1024 and (by_token or by_channel)
 

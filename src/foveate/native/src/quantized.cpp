@@ -7,6 +7,7 @@
 // Where a group is one channel of many tokens, q times the channels' scales takes the place of q.
 
 #include <cstring>
+#include <type_traits>
 
 #include "abi.hpp"
 #include "decode.hpp"
@@ -30,7 +31,29 @@ namespace {
 
 constexpr float kLargest = 32767.0f;
 
-// Codes of a chunk with the scales of their groups.
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// Calls f with a width of codes, planes and rows that the compiler knows.
+template <class F>
+void with_constants(int bits, int planes, int rows, F&& f) {
+  const auto by_rows = [&](auto b, auto p) {
+    if (rows == 1) f(b, p, Int<1>{});
+    if (rows == 2) f(b, p, Int<2>{});
+    if (rows == 3) f(b, p, Int<3>{});
+    if (rows == 4) f(b, p, Int<4>{});
+  };
+  if (bits == 8) by_rows(Int<8>{}, Int<1>{});
+  if (bits == 4 && planes == 1) by_rows(Int<4>{}, Int<1>{});
+  if (bits == 4 && planes == 2) by_rows(Int<4>{}, Int<2>{});
+  if (bits == 2 && planes == 1) by_rows(Int<2>{}, Int<1>{});
+  if (bits == 2 && planes == 2) by_rows(Int<2>{}, Int<2>{});
+  if (bits == 2 && planes == 4) by_rows(Int<2>{}, Int<4>{});
+}
+
+// The codes of a chunk, packed as they are, with the scales of their groups. Plane p of a row is
+// what the bits from p * bits of its bytes hold: channels p * bytes and up. A group is some whole
+// planes or a part of one.
 class Codes {
  public:
   Codes(const Packed& packed, int32_t dim)
@@ -38,15 +61,28 @@ class Codes {
         per_token(packed.tokens == 1),
         groups(per_token ? dim / packed.channels : 1),
         width(dim / groups),
-        stride((dim + kWords - 1) / kWords * kWords),
         bytes(dim * packed.bits / 8),
-        factors(per_token ? int64_t{groups} * kChunk : padded(dim)),
-        memory(size_t(kChunk) * stride * 2 + size_t(factors) * 8) {
+        pitch((bytes + kWords - 1) / kWords * kWords),
+        planes(std::max(width / bytes, 1)),
+        factors(per_token ? int64_t{groups} * kChunk : padded(dim) + kWords),
+        memory(size_t(factors) * 8 + (whole() ? 0 : size_t(kChunk) * pitch)) {
     scale = memory.as<float>();
     shift = scale + factors;
-    codes = reinterpret_cast<int16_t*>(shift + factors);
+    copies = reinterpret_cast<uint8_t*>(shift + factors);
     std::fill(scale, shift + factors, 0.0f);
-    std::fill(codes, codes + kChunk * stride, int16_t{0});
+    if (!whole()) std::fill(copies, copies + kChunk * pitch, uint8_t{0});
+  }
+
+  // Whether rows are whole vectors of bytes.
+  bool whole() const { return pitch == bytes; }
+
+  // Room for a number for each code of a row.
+  int64_t stride() const { return int64_t{8 / packed.bits} * pitch; }
+
+  int32_t first_plane(int g) const { return g * width / bytes; }
+  int32_t first_byte(int g) const { return g * width % bytes; }
+  int32_t end_byte(int g) const {
+    return planes > 1 || width == bytes ? pitch : first_byte(g) + width;
   }
 
   void begin(int64_t b, int64_t head) {
@@ -55,12 +91,18 @@ class Codes {
     zero_base = b * packed.zero.batch + head * packed.zero.head;
   }
 
-  // Reads tokens; in pairs they lie side by side.
-  void spread(int64_t from, int32_t count, bool pairs) {
-    if (packed.bits == 8) spread_as<8>(from, count, pairs);
-    if (packed.bits == 4) spread_as<4>(from, count, pairs);
-    if (packed.bits == 2) spread_as<2>(from, count, pairs);
+  // Turns to the chunk [from, from + count). Rows that are not whole vectors are copied.
+  void turn_to(int64_t from, int32_t count) {
+    rows = static_cast<const uint8_t*>(packed.codes.data) + base + from * packed.codes.row;
+    row_step = packed.codes.row;
+    if (whole()) return;
+    for (int32_t j = 0; j < count; ++j)
+      std::memcpy(copies + j * pitch, rows + j * row_step, bytes);
+    rows = copies;
+    row_step = pitch;
   }
+
+  const uint8_t* row(int32_t key) const { return rows + key * row_step; }
 
   // scale and scale * zero of every token: (groups, kChunk).
   void token_factors(int64_t from, int32_t count) {
@@ -82,20 +124,11 @@ class Codes {
 
   const Packed& packed;
   bool per_token;
-  int32_t groups, width;  // of a row; channels of a group
-  int32_t stride, bytes;
+  int32_t groups, width;          // of a row; channels of a group
+  int32_t bytes, pitch, planes;   // of a row; whole vectors of them; of a group
   float *scale, *shift;
-  int16_t* codes;
 
  private:
-  template <int Bits>
-  void spread_as(int64_t from, int32_t count, bool pairs) {
-    const int64_t row = packed.codes.row;
-    const uint8_t* at = static_cast<const uint8_t*>(packed.codes.data) + base + from * row;
-    const auto read = pairs ? spread_pairs<Bits> : spread_rows<Bits>;
-    read(at, row, count, bytes, codes, stride);
-  }
-
   void factors_of(int64_t row, int64_t column, int32_t count, int64_t scale_step,
                   int64_t zero_step, int64_t to) {
     const uint16_t* s = static_cast<const uint16_t*>(packed.scale.data) + scale_base +
@@ -118,6 +151,9 @@ class Codes {
 
   int64_t base = 0, scale_base = 0, zero_base = 0, factors;
   Scratch memory;
+  uint8_t* copies;
+  const uint8_t* rows = nullptr;
+  int64_t row_step = 0;
 };
 
 // Writes x (count) as words in steps of the result, none larger than `most`.
@@ -142,12 +178,15 @@ class QuantizedSource {
         q_stride(padded(c.dim)),
         // Sums of products with codes fit 32 bits.
         q_most(std::min(kLargest, 2.147e9f / (k.width * float((1 << k.packed.bits) - 1)))),
-        memory(size_t(kTaskRows) * (k.stride * 2 + k.groups * 8) + size_t(q_stride) * 4) {
+        memory(size_t(kTaskRows) * (k.stride() * 2 + k.groups * 8) + size_t(q_stride) * 6 +
+               size_t(v.whole() ? 0 : kTileRows * v.stride() * 4)) {
     folded = memory.as<float>();
     step = folded + q_stride;
     offset = step + kTaskRows * k.groups;
-    words = reinterpret_cast<int16_t*>(offset + kTaskRows * k.groups);
-    std::fill(words, words + kTaskRows * k.stride, int16_t{0});
+    sums = offset + kTaskRows * k.groups;
+    words = reinterpret_cast<int16_t*>(sums + (v.whole() ? 0 : kTileRows * v.stride()));
+    plain = words + kTaskRows * k.stride();
+    std::fill(words, plain, int16_t{0});
   }
 
   void begin(const Task& task, const float* queries) {
@@ -155,52 +194,82 @@ class QuantizedSource {
     k.begin(task.b, task.lane);
     v.begin(task.b, task.lane);
     if (!k.per_token) return;
-    for (int32_t r = 0; r < task.rows; ++r)
+    for (int32_t r = 0; r < task.rows; ++r) {
       for (int g = 0; g < k.groups; ++g) {
         const float* from = q + r * q_stride + g * k.width;
-        step[r * k.groups + g] =
-            to_words(from, k.width, q_most, words + r * k.stride + g * k.width);
+        step[r * k.groups + g] = to_words(from, k.width, q_most, plain + g * k.width);
         float sum = 0.0f;
         for (int i = 0; i < k.width; ++i) sum += from[i];
         offset[r * k.groups + g] = sum;
       }
+      by_planes(r);
+    }
   }
 
   int32_t load(const Task&, int64_t from, int32_t count) {
     start = from;
-    k.spread(from, count, false);
-    v.spread(from, count, true);
+    k.turn_to(from, count);
+    v.turn_to(from, count);
     if (k.per_token) k.token_factors(from, count);
     if (v.per_token) v.token_factors(from, count);
     return count;
   }
 
   void logits(const Tile& t) {
-    for (int32_t at = 0, end; at < t.count; at = end) {
-      end = k.segment_end(start, at, t.count);
-      if (!k.per_token) fold(t, at);
-      if (t.rows == 1) logits_of<1, 4>(t, at, end);
-      if (t.rows == 2) logits_of<2, 4>(t, at, end);
-      if (t.rows == 3) logits_of<3, 4>(t, at, end);
-      if (t.rows == 4) logits_of<4, 2>(t, at, end);
-    }
+    with_constants(k.packed.bits, k.planes, t.rows, [&](auto bits, auto planes, auto rows) {
+      for (int32_t at = 0, end; at < t.count; at = end) {
+        end = k.segment_end(start, at, t.count);
+        if (!k.per_token) fold(t, at);
+        logits_of<bits, planes, rows>(t, at, end);
+      }
+    });
   }
 
   void values(const Tile& t) {
-    for (int32_t at = 0, end; at < t.count; at = end) {
-      end = v.segment_end(start, at, t.count);
-      if (!v.per_token) v.channel_factors(start + at, c.v_dim);
-      for (int g = 0; g < v.groups; ++g) {
-        for (int32_t r = 0; r < t.rows; ++r) weigh(t, r, g, at, end);
-        if (t.rows == 1) values_of<1, 4>(t, g, at, end);
-        if (t.rows == 2) values_of<2, 4>(t, g, at, end);
-        if (t.rows == 3) values_of<3, 2>(t, g, at, end);
-        if (t.rows == 4) values_of<4, 2>(t, g, at, end);
-      }
+    Tile into = t;
+    if (!v.whole()) {
+      into.out = sums;
+      std::fill(sums, sums + t.rows * v.stride(), 0.0f);
     }
+    const int64_t out_stride = v.whole() ? padded(c.v_dim) : v.stride();
+    // So many sums of three rows stay in registers.
+    const int at_once = t.rows == 4 ? 2 : 4, planes = std::min(v.planes, at_once);
+    with_constants(v.packed.bits, planes, t.rows, [&](auto bits, auto planes, auto rows) {
+      constexpr int positions = (rows == 4 ? 2 : 4) / planes;
+      for (int32_t at = 0, end; at < t.count; at = end) {
+        end = v.segment_end(start, at, t.count);
+        if (!v.per_token) v.channel_factors(start + at, c.v_dim);
+        for (int g = 0; g < v.groups; ++g) {
+          for (int32_t r = 0; r < t.rows; ++r) weigh(t, r, g, at, end);
+          const int32_t past = v.first_plane(g) + v.planes, stop = v.end_byte(g);
+          for (int32_t p = v.first_plane(g); p < past; p += planes) {
+            int32_t i = v.first_byte(g);
+            for (; i + positions * kWidth <= stop; i += positions * kWidth)
+              strip<bits, planes, rows, positions>(into, out_stride, at, end, p, i);
+            for (; i < stop; i += kWidth)
+              strip<bits, planes, rows, 1>(into, out_stride, at, end, p, i);
+          }
+        }
+      }
+    });
+    if (!v.whole()) gather_sums(t);
   }
 
  private:
+  // Words of a row from the order of channels to that of planes.
+  void by_planes(int32_t r) {
+    for (int p = 0; p < 8 / k.packed.bits; ++p)
+      std::memcpy(words + r * k.stride() + p * k.pitch, plain + p * k.bytes, k.bytes * 2);
+  }
+
+  // The reverse for sums of values.
+  void gather_sums(const Tile& t) const {
+    for (int32_t r = 0; r < t.rows; ++r)
+      for (int p = 0; p < 8 / v.packed.bits; ++p)
+        for (int32_t i = 0; i < v.bytes; ++i)
+          t.out[r * padded(c.v_dim) + p * v.bytes + i] += sums[r * v.stride() + p * v.pitch + i];
+  }
+
   // Queries of the tile times the scales of the token group of a key.
   void fold(const Tile& t, int32_t at) {
     k.channel_factors(start + at, c.dim);
@@ -212,18 +281,21 @@ class QuantizedSource {
         store(folded + d, x * foveate::load(k.scale + d));
         sum += x * foveate::load(k.shift + d);
       }
-      step[r] = to_words(folded, c.dim, q_most, words + r * k.stride);
+      step[r] = to_words(folded, c.dim, q_most, plain);
+      by_planes(r);
       offset[r] = sum_lanes(sum);
     }
   }
 
   // Logits of the keys [from, to), `from` a multiple of kWidth.
-  template <int R, int K>
+  template <int Bits, int Planes, int R>
   void logits_of(const Tile& t, int32_t from, int32_t to) {
+    constexpr int K = R == 4 ? 2 : 4;
     for (int32_t j = from; j < to; j += kWidth)
       for (int g = 0; g < k.groups; ++g) {
         IntVec sums[R][kWidth];
-        for (int i = 0; i < kWidth; i += K) products<R, K>(t, j + i, g, &sums[0][i]);
+        for (int i = 0; i < kWidth; i += K)
+          products<Bits, Planes, R, K>(t, j + i, to - 1, g, &sums[0][i]);
         for (int r = 0; r < R; ++r) {
           const int at = (t.first + r) * k.groups + g;
           const Vec sum = __builtin_convertvector(sum_each(sums[r]), Vec) * step[at];
@@ -239,19 +311,27 @@ class QuantizedSource {
       }
   }
 
-  // Sums of products of K keys and R rows over the channels of a group, not yet across lanes.
-  template <int R, int K>
-  void products(const Tile& t, int32_t key, int g, IntVec* sums) const {
+  // Sums of products of K keys and R rows over the channels of a group, not yet across lanes. In
+  // the place of keys past the last one that one is read.
+  template <int Bits, int Planes, int R, int K>
+  void products(const Tile& t, int32_t key, int32_t last, int g, IntVec* sums) const {
     IntVec acc[K][R] = {};
-    const int16_t* codes = k.codes + key * k.stride;
-    const int16_t* rows = words + t.first * k.stride;
-    for (int32_t d = g * k.width; d < (g + 1) * k.width; d += kWords) {
+    const uint8_t* codes[K];
+    for (int n = 0; n < K; ++n) codes[n] = k.row(std::min(key + n, last));
+    const int32_t plane = k.first_plane(g), end = k.end_byte(g);
+    const int16_t* rows = words + t.first * k.stride() + plane * k.pitch;
+    const int shift = plane * Bits;
+    for (int32_t i = k.first_byte(g); i < end; i += kWords) {
 #pragma GCC unroll 4
       for (int n = 0; n < K; ++n) {
-        const Words code = load_words(codes + n * k.stride + d);
+        const Words bytes = load_bytes(codes[n] + i) >> shift;
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-          acc[n][r] += pair_products(code, load_words(rows + r * k.stride + d));
+        for (int p = 0; p < Planes; ++p) {
+          const Words code = codes_of<Bits>(bytes, p);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r)
+            acc[n][r] += pair_products(code, load_words(rows + r * k.stride() + p * k.pitch + i));
+        }
       }
     }
     for (int n = 0; n < K; ++n)
@@ -280,20 +360,15 @@ class QuantizedSource {
     weight_taken[r] = sum_lanes(taken);
   }
 
-  template <int R, int N>
-  void values_of(const Tile& t, int g, int32_t from, int32_t to) {
-    int32_t d = g * v.width;
-    const int32_t end = d + v.width;
-    for (; d + N * kWidth <= end; d += N * kWidth) strip<R, N>(t, from, to, d);
-    for (; d < end; d += kWidth) strip<R, 1>(t, from, to, d);
-  }
-
-  // Adds the keys [from, to) to N vectors of channels of R rows.
-  template <int R, int N>
-  void strip(const Tile& t, int32_t from, int32_t to, int32_t d) {
-    IntVec acc[R][N] = {};
+  // Adds the keys [from, to) to channels of R rows: of each of the planes from `plane` on, N
+  // vectors from byte i on.
+  template <int Bits, int Planes, int R, int N>
+  void strip(const Tile& t, int64_t out_stride, int32_t from, int32_t to, int32_t plane,
+             int32_t i) const {
+    IntVec acc[R][Planes][N] = {};
+    const int shift = plane * Bits;
     for (int32_t j = from; j < to; j += 2) {
-      const int16_t* at = v.codes + j * v.stride + 2 * d;
+      const uint8_t *x = v.row(j) + i, *y = v.row(std::min(j + 1, to - 1)) + i;
       Words weight[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -303,19 +378,29 @@ class QuantizedSource {
       }
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const Words code = load_words(at + n * kWords);
+        const Words bytes = load_byte_pairs(x + n * kWidth, y + n * kWidth) >> shift;
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][n] += pair_products(code, weight[r]);
+        for (int p = 0; p < Planes; ++p) {
+          const Words code = codes_of<Bits>(bytes, p);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) acc[r][p][n] += pair_products(code, weight[r]);
+        }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) add(t, r, d + n * kWidth, acc[r][n]);
+      for (int p = 0; p < Planes; ++p)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          const int32_t at = i + n * kWidth;
+          add(t.out + r * out_stride + (plane + p) * v.pitch + at, r,
+              (plane + p) * v.bytes + at, acc[r][p][n]);
+        }
   }
 
-  void add(const Tile& t, int r, int32_t d, IntVec products) const {
-    float* out = t.out + r * padded(c.v_dim) + d;
+  // Adds weighted codes of the channels from d on, as values.
+  void add(float* out, int r, int32_t d, IntVec products) const {
     const Vec sum = __builtin_convertvector(products, Vec) * weight_step[r];
     if (v.per_token) {
       store(out, foveate::load(out) + (sum - weight_taken[r]));
@@ -332,7 +417,8 @@ class QuantizedSource {
   Scratch memory;
   const float* q = nullptr;
   float *folded, *step, *offset;  // of a row and group: logits per unit, and q or q * scale * zero
-  int16_t* words;                 // queries (rows, k.stride)
+  float* sums;                    // of values (rows, planes), where their rows are copied
+  int16_t *words, *plain;         // queries (rows, planes); one of them in the order of channels
   int64_t start = 0;
   alignas(64) int16_t weights[kTileRows][kChunk];
   float weight_step[kTileRows], weight_taken[kTileRows];

@@ -1,4 +1,4 @@
-// Whole numbers of 16 bits: packed codes spread out to them, and their products summed in pairs.
+// Whole numbers of 16 bits: packed codes read as them, and their products summed in pairs.
 #pragma once
 
 #include "simd.hpp"
@@ -39,70 +39,50 @@ inline void store_words(int16_t* p, Vec x) {
   *reinterpret_cast<LooseHalfWords*>(p) = __builtin_convertvector(whole, HalfWords);
 }
 
+#if !defined(__AVX2__)
+// The first bytes of x and y in turn. The compiler's own widening goes byte by byte.
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef uint8_t LooseBytes __attribute__((vector_size(16), aligned(1), may_alias));
-typedef int16_t Spread __attribute__((vector_size(32)));  // 16 bytes as words
-typedef int16_t LooseSpread __attribute__((vector_size(32), aligned(2), may_alias));
-
-inline Bytes load_bytes(const uint8_t* p) { return *reinterpret_cast<const LooseBytes*>(p); }
-
-// Codes of Bits in 16 bytes: those of plane p (bits p * Bits and up) go to `to + p * stride`.
-template <int Bits>
-inline void spread(Bytes bytes, int16_t* to, int64_t stride) {
-#if defined(__AVX2__)
-  const Spread words = (Spread)_mm256_cvtepu8_epi16((__m128i)bytes);
-#else
-  const Spread words = __builtin_convertvector(bytes, Spread);
+inline Bytes in_turn(Bytes x, Bytes y) {
+  return __builtin_shuffle(x, y, Bytes{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+}
 #endif
-  const Spread mask = Spread{} + int16_t{(1 << Bits) - 1};
-#pragma GCC unroll 4
-  for (int p = 0; p < 8 / Bits; ++p)
-    *reinterpret_cast<LooseSpread*>(to + p * stride) =
-        Bits == 8 ? words : (words >> p * Bits) & mask;
+
+// kWords bytes as words.
+inline Words load_bytes(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Bytes bytes{};
+  std::memcpy(&bytes, p, kWords);
+  return (Words)in_turn(bytes, Bytes{});
+#endif
 }
 
-template <int Bits>
-inline int16_t code_of(uint8_t byte, int plane) {
-  return static_cast<int16_t>((byte >> plane * Bits) & ((1 << Bits) - 1));
+// kWidth bytes of two rows side by side, as words.
+inline Words load_byte_pairs(const uint8_t* x, const uint8_t* y) {
+#if defined(__AVX512BW__)
+  const __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(y)));
+  return (Words)((IntVec)a | (IntVec)b << 16);
+#elif defined(__AVX2__)
+  const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(y)));
+  return (Words)((IntVec)a | (IntVec)b << 16);
+#else
+  Bytes a{}, b{};
+  std::memcpy(&a, x, kWidth);
+  std::memcpy(&b, y, kWidth);
+  return (Words)in_turn(in_turn(a, b), Bytes{});
+#endif
 }
 
-// Rows of `bytes` packed bytes, `row` bytes apart, as codes in the order of their channels.
+// Codes of Bits that lie `plane` * Bits above the lowest of words that hold bytes.
 template <int Bits>
-void spread_rows(const uint8_t* from, int64_t row, int32_t rows, int32_t bytes, int16_t* to,
-                 int64_t to_row) {
-  int32_t i = 0;
-  for (; i + 16 <= bytes; i += 16) {
-    const uint8_t* at = from + i;
-    int16_t* into = to + i;
-    for (int32_t j = 0; j < rows; ++j, at += row, into += to_row)
-      spread<Bits>(load_bytes(at), into, bytes);
-  }
-  for (; i < bytes; ++i)
-    for (int32_t j = 0; j < rows; ++j)
-      for (int p = 0; p < 8 / Bits; ++p)
-        to[j * to_row + p * bytes + i] = code_of<Bits>(from[j * row + i], p);
-}
-
-// The same with codes of two rows side by side: (rows / 2, channel, 2). The last row of an odd
-// number stands beside itself.
-template <int Bits>
-void spread_pairs(const uint8_t* from, int64_t row, int32_t rows, int32_t bytes, int16_t* to,
-                  int64_t to_row) {
-  const Bytes low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  int32_t i = 0;
-  for (; i + 16 <= bytes; i += 16) {
-    const uint8_t* at = from + i;
-    int16_t* into = to + 2 * i;
-    for (int32_t j = 0; j < rows; j += 2, at += 2 * row, into += 2 * to_row) {
-      const Bytes a = load_bytes(at), b = load_bytes(j + 1 < rows ? at + row : at);
-      spread<Bits>(__builtin_shuffle(a, b, low), into, 2 * bytes);
-      spread<Bits>(__builtin_shuffle(a, b, low + 8), into + 16, 2 * bytes);
-    }
-  }
-  for (; i < bytes; ++i)
-    for (int32_t j = 0; j < rows; ++j)
-      for (int p = 0; p < 8 / Bits; ++p)
-        to[j / 2 * 2 * to_row + 2 * (p * bytes + i) + j % 2] = code_of<Bits>(from[j * row + i], p);
+inline Words codes_of(Words bytes, int plane) {
+  const Words mask = Words{} + int16_t{(1 << Bits) - 1};
+  return Bits == 8 ? bytes : (bytes >> plane * Bits) & mask;
 }
 
 }  // namespace foveate
