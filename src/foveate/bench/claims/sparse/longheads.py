@@ -9,9 +9,9 @@ from foveate.bench.claims._builtin import loaded, text_ids
 from foveate.bench.needles import ANSWER_TOKENS, answered, needle_prompt, pass_key
 from foveate.bench.runs import answer
 
-CLAIM = "with attention to 1,024 tokens, chosen chunks find pass keys that a window never sees"
+CLAIM = "with attention to 512 tokens, chosen chunks find pass keys that a window never sees"
 
-_TOKENS, _ATTENTION, _DEPTHS = 3072, 1024, (0.1, 0.3, 0.5)
+_TOKENS, _ATTENTION, _DEPTHS = 2048, 512, (0.1, 0.3, 0.5)
 
 
 def measure() -> Outcome:

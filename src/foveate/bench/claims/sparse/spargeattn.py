@@ -11,7 +11,7 @@ from foveate.bench.claims import Outcome
 
 CLAIM = "reading blocks that are not self-similar whole errs less than trusting their mean"
 
-_SIDE, _DIM, _HEADS = 64, 32, 2
+_SIDE, _PATCH, _DIM, _HEADS = 64, 8, 32, 2
 
 
 def measure() -> Outcome:
@@ -20,15 +20,15 @@ def measure() -> Outcome:
     tau is 0.9 with the rule; without it the smallest that reads at least as much.
     """
     made = torch.Generator().manual_seed(0)
-    rough = _blurred(torch.randn(1, 1, _SIDE, _SIDE, generator=made), 9)
-    rough = (rough > rough.quantile(0.75)).float()
+    patches = torch.rand(_SIDE // _PATCH, _SIDE // _PATCH, generator=made) < 0.25
+    rough = patches.repeat_interleave(_PATCH, 0).repeat_interleave(_PATCH, 1)
     q, k = (_field(rough, made) for _ in "qk")
     v = torch.randn(1, _HEADS, _SIDE**2, _DIM, generator=made)
     want = ops.attend(q, k, v)
 
     def seen(theta: float, tau: float) -> tuple[float, float]:
         """Density and error."""
-        mechanism = SpargeAttn(theta=theta, tau=tau, block=64)
+        mechanism = SpargeAttn(theta=theta, tau=tau, block=_PATCH**2)
         layout = mechanism.select(q, k, Call(causal=False))
         density = 1.0 if layout is None else layout.density(causal=False)
         gap = (mechanism(q, k, v, causal=False) - want).abs().sum() / want.abs().sum()
@@ -50,15 +50,11 @@ def measure() -> Outcome:
 
 
 def _field(rough: Tensor, made: torch.Generator) -> Tensor:
-    """Vectors (1, H, side², D) that drift over the image, and jump in its rough patches."""
+    """Vectors (1, H, side², D), patch by patch, that drift over the image or jump where rough."""
     noise = torch.randn(_HEADS, _DIM, _SIDE, _SIDE, generator=made)
-    smooth = _blurred(noise.flatten(0, 1)[:, None], 25).view_as(noise)
-    field = torch.where(rough[0] > 0, noise, smooth / smooth.std())
-    return 1.5 * field.flatten(2).transpose(1, 2)[None]
-
-
-def _blurred(x: Tensor, width: int) -> Tensor:
-    """x (N, 1, side, side) blurred along both axes."""
-    kernel = torch.hann_window(width).view(1, 1, 1, -1)
-    x = conv2d(x, kernel, padding="same")
-    return conv2d(x, kernel.transpose(2, 3), padding="same")
+    kernel = torch.hann_window(25).view(1, 1, 1, -1)
+    smooth = conv2d(noise.flatten(0, 1)[:, None], kernel, padding="same")
+    smooth = conv2d(smooth, kernel.transpose(2, 3), padding="same").view_as(noise)
+    field = 1.5 * torch.where(rough, noise, smooth / smooth.std())
+    patches = field.unflatten(3, (-1, _PATCH)).unflatten(2, (-1, _PATCH))
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(1, _HEADS, _SIDE**2, _DIM)
