@@ -50,7 +50,7 @@ def test_keeps_the_recent_half_and_the_heavy_hitters():
 @torch.no_grad()
 def test_every_step_drops_the_old_token_of_the_lowest_score(tiny_llama):
     cache, ids = DynamicCache(), prompt(36)
-    with foveate.attach(tiny_llama, cache="h2o:budget=10"):
+    with foveate.attach(tiny_llama, cache="h2o:budget=10,buffer=0"):
         tiny_llama(ids[:, :24], past_key_values=cache)
         for i in range(24, 36):
             before = cache.layers[0].slots.rows(1)[0]

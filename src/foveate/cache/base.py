@@ -124,12 +124,12 @@ class Eviction(CachePolicy):
 class Bounded(Eviction):
     """Evicts decoded tokens too, whenever more than `buffer` slots lie over the budget.
 
-    A buffer of 0 holds the budget after every token; a larger one evicts less often.
+    A buffer of 0 holds the budget after every token, but every token then pays for an eviction.
     """
 
     evicts_decoding: ClassVar[bool] = True
 
-    buffer: int = 0
+    buffer: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ from foveate.registry import Card, register
         cost="O(L²·D) once after a prefill of L tokens, O(budget²·D) at every compression",
         decoding="compressed anew whenever `buffer` slots lie over the budget",
         confidence="a reconstruction: scores, zero class and order of steps are the paper's; how "
-        "scores are joined, the weights of a merge and compression while decoding are ours",
+        "scores are joined, what merging weighs by, compression while decoding, defaults are ours",
         small={"budget": 16, "window": 4, "buffer": 4},
         full={"budget": 1 << 30},
     )
@@ -41,18 +41,17 @@ class EMS(Bounded):
     (odd, 1 for none). The best are centres; of the next best, `reach` − 1 for each centre (1: pure
     eviction), those whose key has a cosine of at least `tau` with a centre's join the nearest one:
     keys and values become means weighted by score. `space` says whether keys are compared and
-    averaged as they are stored (post) or without their rotary embedding (pre). With `mass` a slot
-    weighs as much as the tokens it stands for.
+    averaged without their rotary embedding (pre) or as they are stored (post). With `mass` a slot
+    weighs as much as the tokens it stands for: without, merging loses more than eviction does.
     """
 
-    window: int = 32
-    buffer: int = 64
+    window: int = 128
     combine: str = "max"
     smooth: int = 1
     reach: int = 4
-    tau: float = 0.6
-    space: str = "post"
-    mass: bool = False
+    tau: float = 0.9
+    space: str = "pre"
+    mass: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +100,7 @@ class EMS(Bounded):
         count = int(centre[0].sum())
         total = _scaled(row.padded("total"), row.width - self.window)
         keys, tables = row.padded("k").float(), None
-        if rope is not None:
+        if rope is not None and self.space == "pre":
             tables = rope(row.padded("position"))
             keys = ops.unrope(keys[:, None], *tables)[:, 0]
         slot, member = self._clusters(keys, scores, centre, kept)

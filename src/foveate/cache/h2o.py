@@ -21,9 +21,9 @@ from foveate.registry import Card, register
         family="decode",
         year=2023,
         cost="O(L²·D) once after a prefill of L tokens, O(budget·D) at every step",
-        decoding="the budget holds at every step; every step adds to the scores",
+        decoding="at most budget + buffer tokens; every step adds to the scores",
         confidence="definition; one score for the query heads of a kv head (their mean)",
-        small={"budget": 16},
+        small={"budget": 16, "buffer": 0},
         full={"budget": 1 << 30},
     )
 )

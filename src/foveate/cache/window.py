@@ -19,10 +19,10 @@ from foveate.registry import Card, register
         kind="cache",
         family="decode",
         year=2023,
-        cost="O(budget) memory; no scores",
-        decoding="the budget holds at every step; positions go on counting the tokens seen",
+        cost="O(budget + buffer) memory; no scores",
+        decoding="at most budget + buffer tokens; positions go on counting the tokens seen",
         confidence="definition; keys keep their true positions, the paper counts within the cache",
-        small={"budget": 16, "sinks": 2},
+        small={"budget": 16, "sinks": 2, "buffer": 0},
         full={"budget": 1 << 30},
     )
 )
