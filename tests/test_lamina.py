@@ -1,4 +1,5 @@
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 import foveate
 from attached import check_equals_plain, check_padded_row_equals_row_alone
 from foveate import ops
-from foveate.attention.decode.lamina import Offloaded, Shard, serve, traffic
+from foveate.attention.decode._offload import Offloaded, Shard, serve, traffic
 
 Q_HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -63,38 +64,47 @@ def test_a_result_without_a_query_is_refused():
         Shard(k, v).result()
 
 
-@pytest.mark.parametrize("split", ["head", "sequence"])
-def test_two_processes_decode_as_one_and_send_what_the_formula_says(split):
+def decoded_away(split, worker):
+    """Steps with the cache at two workers; the numbers that travelled, and how they ended."""
     q, k, v = tensors(36)
-    context = multiprocessing.get_context("spawn")
     if split == "head":
         shares = [(k[:, h : h + 1, :30], v[:, h : h + 1, :30]) for h in range(2)]
     else:
         shares = [(k[:, :, lo : lo + 15], v[:, :, lo : lo + 15]) for lo in (0, 15)]
-    ends, processes = [], []
+    ends, workers = [], []
     for keys, values in shares:
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         held = (keys.contiguous().numpy(), values.contiguous().numpy())
         args = (theirs, *held, None, split == "sequence")
-        processes.append(context.Process(target=serve, args=args, daemon=True))
+        workers.append(worker(target=serve, args=args, daemon=True))
         ends.append(ours)
-    for process in processes:
-        process.start()
+    for each in workers:
+        each.start()
+    away = Offloaded(ends, split)
     try:
-        away = Offloaded(ends, split)
         for t in range(30, 36):
             now = slice(t, t + 1)
             away.ask(q[:, :, now])
             away.extend(k[:, :, now], v[:, :, now])
             want = ops.attend(q[:, :, now], k[:, :, : t + 1], v[:, :, : t + 1])
             torch.testing.assert_close(away.result(), want, atol=1e-6, rtol=1e-5)
-        there, back = traffic(Q_HEADS, KV_HEADS, DIM, workers=2, split=split)
-        assert (away.sent, away.received) == (6 * there, 6 * back)
     finally:
-        for end, process in zip(ends, processes, strict=True):
+        for end, each in zip(ends, workers, strict=True):
             end.send(None)
-            process.join(20)
-            assert process.exitcode == 0
+            each.join(30)
+    return (away.sent, away.received), workers
+
+
+@pytest.mark.parametrize("split", ["head", "sequence"])
+def test_two_workers_decode_as_one_and_send_what_the_formula_says(split):
+    travelled, _ = decoded_away(split, threading.Thread)
+    there, back = traffic(Q_HEADS, KV_HEADS, DIM, workers=2, split=split)
+    assert travelled == (6 * there, 6 * back)
+
+
+def test_two_processes_decode_as_one():
+    _, processes = decoded_away("sequence", multiprocessing.get_context("spawn").Process)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_the_formula_of_the_traffic():

@@ -227,6 +227,11 @@ def test_texts_that_cannot_be_read_are_refused(tiny_llama, text, options, error,
         foveate.prefix(tiny_llama, text, **options)
 
 
+def test_what_is_no_prefix_is_refused(tiny_llama):
+    with pytest.raises(TypeError, match="prefix takes what foveate.prefix made"):
+        foveate.attach(tiny_llama, prefix="You are helpful.")
+
+
 def test_a_prefix_of_another_model_is_refused(tiny_llama, held):
     other = tiny_model.__wrapped__()
     with pytest.raises(ValueError, match="made with another model"):

@@ -76,8 +76,8 @@ class Call:
     memory of one row, layer -> slot: what a stateful mechanism reads and writes. rope turns
     positions into the tables q and k were rotated by (None: not rotated); positions (B, Lk) are
     those of the keys (None: 0 … Lk - 1). shared is what all rows follow: it is no part of k and
-    v, and only a mechanism that `shares` reads it. step counts the denoising steps of a diffusion
-    model.
+    v, and only a mechanism that `reads_shared` looks at it. step counts the denoising steps of a
+    diffusion model.
     """
 
     layer: int = 0

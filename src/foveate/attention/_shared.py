@@ -25,7 +25,7 @@ class SharedPrefix(Attention):
     shared it is dense attention.
     """
 
-    shares: ClassVar[bool] = True
+    reads_shared: ClassVar[bool] = True
 
     def temper(self) -> tuple[float, float]:
         """What logits to documents are divided by, and the power of the documents' weight."""
@@ -43,15 +43,16 @@ class SharedPrefix(Attention):
         call: Call | None = None,
     ) -> Tensor:
         """Attend: q (B, Hq, Lq, D); k and v are what follows the shared keys of the call."""
-        if call is None or call.shared is None:
+        shared = None if call is None else call.shared
+        if call is None or shared is None:
             return super().__call__(q, k, v, causal=causal, mask=mask, scale=scale, call=call)
         shape = ops.check_qkv(q, k, v)
         call = dataclasses.replace(call, causal=causal, mask=mask, scale=scale)
-        parts = [_own(q, k, v, call), _to_shared(q, call.shared.k, call.shared.v, call)]
+        parts = [_own(q, k, v, call), _to_shared(q, (shared.k, shared.v), call)]
         powers = [1.0, 1.0]
-        if call.shared.documents is not None:
+        if shared.documents is not None:
             heat, power = self.temper() if self.acts(shape.k_len, call) else (1.0, 1.0)
-            parts.append(_to_shared(q, *call.shared.documents, call, heat))
+            parts.append(_to_shared(q, shared.documents, call, heat))
             powers.append(power)
         out = ops.merge(parts, powers)[0]
         if call.valid is None:
@@ -77,12 +78,14 @@ def _own(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _to_shared(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, heat: float = 1.0
+    q: Tensor, over: tuple[Tensor, Tensor], call: Call, heat: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the queries of all rows, as those of one, over keys (1, Hkv, n, D)."""
     batch, _, length, dim = q.shape
     rows = q.transpose(0, 1).flatten(1, 2)[None]
     options: dict[str, Any] = {"scale": default_scale(call.scale, dim) / heat}
     options["softcap"] = None if call.softcap is None else call.softcap / heat
-    out, lse = ops.attend(rows, k, v, return_lse=True, **options)
-    return tuple(x[0].unflatten(1, (batch, length)).transpose(0, 1) for x in (out, lse))  # type: ignore[return-value]
+    out, lse = ops.attend(rows, *over, return_lse=True, **options)
+    # (1, H, B * L, …) -> (B, H, L, …)
+    out, lse = (x[0].unflatten(1, (batch, length)).transpose(0, 1) for x in (out, lse))
+    return out, lse

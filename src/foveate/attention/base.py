@@ -54,12 +54,12 @@ class Attention:
     Where it does not act (below `min_len` keys, in `dense_layers`, in the first `dense_steps`
     denoising steps, in a phase that is not on its card) it is dense attention. Padded rows are run
     one by one without their padding, so that a row never depends on its batch mates; so are all
-    rows of a mechanism that keeps state. One that `shares` also reads what all rows follow.
+    rows of a mechanism that keeps state. Some read what all rows follow (`reads_shared`).
     """
 
     card: ClassVar[Card]
     stateful: ClassVar[bool] = False
-    shares: ClassVar[bool] = False
+    reads_shared: ClassVar[bool] = False
 
     min_len: int = 0
     dense_layers: tuple[int, ...] = ()

@@ -37,7 +37,7 @@ def attach(
     decode: Any = None,
     cache: Any = None,
     plan: Any = None,
-    prefix: Prefix | None = None,
+    prefix: Any = None,
 ) -> Attachment:
     """Run mechanisms inside a transformers decoder; use as a context manager or call `detach`.
 
@@ -56,6 +56,10 @@ def attach(
         made = plan if isinstance(plan, Plan) else load_plan(plan)
         made.fit(model, "the plan" if made is plan else str(plan))
         prefill = made.prefill
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise TypeError(
+            f"prefix takes what foveate.prefix made of a text, got {type(prefix).__name__}"
+        )
     return Attachment(model, prefill, decode, cache, prefix)
 
 

@@ -50,7 +50,7 @@ class Prefix:
                 f"{type(decoder).__name__}; make it anew with foveate.prefix(model, …)"
             )
         for mechanism in mechanisms:
-            if mechanism is not None and not mechanism.shares:
+            if mechanism is not None and not mechanism.reads_shared:
                 raise ValueError(
                     f"{mechanism.card.name} reads the keys of a request only, not those of a "
                     "shared prefix: leave the slot empty, or fill it with relay or ape"
