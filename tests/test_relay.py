@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -172,6 +174,18 @@ def test_reset_keeps_the_prefix(tiny_llama, held):
     assert torch.equal(steps(tiny_llama, ids, mask, held, [14], cache)[0], fresh)
 
 
+def test_a_copied_cache_goes_on_from_the_same_prefix(tiny_llama, held):
+    ids, mask = left_padded(*ROWS)
+    cache = steps(tiny_llama, ids, mask, held, [14])[1]
+    copied = copy.deepcopy(cache)
+    outs = []
+    with torch.no_grad(), foveate.attach(tiny_llama, prefix=held):
+        for store in (cache, copied):
+            outs.append(tiny_llama(ids[:, :1], past_key_values=store).logits)
+    assert torch.equal(*outs)
+    assert copied.layers[0].shared is held.layers[0]
+
+
 def test_the_prefix_is_held_once(tiny_llama, held):
     ids = torch.cat([ROWS[0]] * 3)
     cache = steps(tiny_llama, ids, torch.ones_like(ids), held, [14])[1]
@@ -228,7 +242,7 @@ def test_texts_that_cannot_be_read_are_refused(tiny_llama, text, options, error,
 
 
 def test_what_is_no_prefix_is_refused(tiny_llama):
-    with pytest.raises(TypeError, match="prefix takes what foveate.prefix made"):
+    with pytest.raises(TypeError, match=r"prefix takes what foveate\.prefix made"):
         foveate.attach(tiny_llama, prefix="You are helpful.")
 
 

@@ -44,6 +44,10 @@ class Shared(NamedTuple):
     v: Tensor
     documents: tuple[Tensor, Tensor] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """Itself: copies of a cache follow the same prefix."""
+        return self
+
 
 class Record(NamedTuple):
     """What one call did: its layout, the share of pairs it computed, of mass it kept.

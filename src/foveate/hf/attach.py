@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from foveate.attention.base import Attention, Call, Memory, Record
+from foveate.attention.base import Attention, Call, Memory, Record, Tables
 from foveate.cache.base import CachePolicy, Codec, Eviction
 from foveate.hf.adopt import adopt, announce, rotary_tables
 from foveate.hf.codec import CodecLayer
@@ -81,10 +81,13 @@ class Attachment:
         self.prefix = prefix
         if prefix is not None:
             prefix.check(self.decoder, [*self.prefill, *self.decode], self.policies)
-        self.rope = [rotary_tables(self.decoder, index) for index in range(self.layers)]
+        self.rope = [self._tables(index) for index in range(self.layers)]
         self.record: Callable[[Record], None] | None = None
         self._cache: Any = None
         self._memory = Memory()
+        # Positions of the keys of the running call, the same for all its layers, by their number.
+        self._located: dict[int, Tensor | None] = {}
+        self._turns: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._config = config
         self._before = config._attn_implementation_internal
         self._hooks = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
@@ -129,7 +132,7 @@ class Attachment:
         checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
         if cache is None and wanted and not checkpointing:
             cache = kwargs["past_key_values"] = DynamicCache(config=self._config)
-        self._cache, self._memory = cache, Memory()
+        self._cache, self._memory, self._located, self._turns = cache, Memory(), {}, {}
         if cache is not None:
             self._memory = adopt(cache, self.policies, self.decoder)
             follow(cache, self.prefix)
@@ -185,7 +188,10 @@ class Attachment:
         )
         if index < self.layers and not isinstance(layer, EvictionLayer):
             call.rope = self.rope[index]
-            call.positions = _positions(options.get("position_ids"), valid, q_len, k_len)
+            if valid is not None or k_len not in self._located:
+                ids = options.get("position_ids")
+                self._located[k_len] = _positions(ids, valid, q_len, k_len)
+            call.positions = self._located[k_len]
         mechanism = self._mechanism(call.phase, index, seen.sliding)
         if mechanism is self.dense:
             call.record = None
@@ -201,6 +207,22 @@ class Attachment:
                 k, call.valid = layer.view()
             follower.after_prefill(_last_queries(q, valid), k, call)
         return out
+
+    def _tables(self, index: int) -> Tables | None:
+        """Rotary tables of a layer; those of single positions are made once for a running call."""
+        found = rotary_tables(self.decoder, index)
+        kinds = getattr(self.decoder.config, "layer_types", None)
+        kind = kinds[index] if kinds else ""
+
+        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+            if positions.numel() > 1:
+                return found(positions)  # type: ignore[misc]
+            key = (kind, int(positions))
+            if key not in self._turns:
+                self._turns[key] = found(positions)  # type: ignore[misc]
+            return self._turns[key]
+
+        return None if found is None else tables
 
     def _mechanism(self, phase: str, index: int, sliding: bool) -> Attention:
         """Who attends in a layer."""
