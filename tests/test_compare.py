@@ -172,3 +172,16 @@ def test_a_mechanism_that_sees_later_tokens_is_marked(tmp_path):
     rows = {"dense": (10.0, 12.0, 0.0, True), "peeks": (5.0, 12.0, 0.0, True)}
     notes = {r["spec"]: r["notes"] for r in made_up(tmp_path, rows)["summary"]}
     assert notes["dense"] == [] and notes["peeks"][0].startswith("choice sees later tokens")
+
+
+def test_a_plan_that_changed_under_its_name_is_measured_again(tmp_path):
+    def opened(plan):
+        entries = [{"spec": "dense", "plan_sha256": None}, {"spec": "p", "plan_sha256": plan}]
+        data = {"schema": "foveate.compare/1", "created": "", "settings": {}}
+        return Results.open(tmp_path, data | {"mechanisms": entries})
+
+    first = opened("a")
+    for spec in ("dense", "p"):
+        first.add({"kind": "quality", "spec": spec})
+    assert len(opened("a").data["measurements"]) == 2
+    assert [m["spec"] for m in opened("b").data["measurements"]] == ["dense"]

@@ -27,7 +27,7 @@ from foveate.bench.store import SCHEMA, Json, Results, now
 from foveate.bench.summary import summarise
 from foveate.hf.plan import attention_plan, cache_plan, python_line, slots_of
 from foveate.hf.planfile import load_plan
-from foveate.hf.text import encode
+from foveate.hf.text import encode, text_sha256
 from foveate.ops import full_layout
 from foveate.registry import create, spec_of
 
@@ -253,15 +253,18 @@ def _entry(spec: str, slots: dict[str, str]) -> Json:
     made = {slot: create(value) for slot, value in slots.items() if slot != "plan"}
     shown = {slot: spec_of(m) for slot, m in made.items()}
     parts = list(made.values()) or ([] if "plan" in slots else [create("dense")])
-    titles = list(dict.fromkeys(m.card.title for m in parts))
+    titles, digest = list(dict.fromkeys(m.card.title for m in parts)), None
     if "plan" in slots:
         shown = {"prefill": f"plan={slots['plan']}"} | shown
         titles = ["A plan for every layer and head", *titles]
-        parts += load_plan(slots["plan"]).mechanisms()
+        plan = load_plan(slots["plan"])
+        parts += plan.mechanisms()
+        digest = text_sha256(plan.text())
     only = parts[0].card if len(titles) == 1 and "plan" not in slots else None
     return {
         "spec": spec,
         "slots": shown,
+        "plan_sha256": digest,
         "title": " with ".join(titles),
         "year": only and only.year,
         "paper": only and only.paper,

@@ -110,7 +110,13 @@ class Results:
     def _resume(self, old: Json) -> None:
         settings = {k: x for k, x in self.data["settings"].items() if k != "specs"}
         refuse_change(self.path, "settings", old, settings)
-        self.data["measurements"] = old["measurements"]
+        # A plan file can be another one under the same name.
+        before, after = (
+            {m["spec"]: m.get("plan_sha256") for m in data["mechanisms"]}
+            for data in (old, self.data)
+        )
+        changed = {spec for spec, plan in after.items() if before.get(spec, plan) != plan}
+        self.data["measurements"] = [x for x in old["measurements"] if x["spec"] not in changed]
         self.data["created"] = old["created"]
 
     def save(self) -> None:
