@@ -1,8 +1,9 @@
 import pytest
 import torch
+from transformers import DynamicCache
 
 import foveate
-from attached import check_bytes
+from attached import check_bytes, prompt
 from foveate import ops
 from foveate.cache.base import Slots
 from foveate.hf.eviction import EvictionLayer
@@ -19,10 +20,16 @@ def case(n=40, seed=0):
 def compressed(policy, q, k, v, tables=None):
     """What a prefill of one row leaves."""
     layer = EvictionLayer(policy, tables)
+    call(layer, q, k, v)
+    return layer.slots
+
+
+def call(layer, q, k, v):
+    """One call of a layer, without its attention."""
+    layer.await_call()
     layer.update(k, v)
     layer.admit(None, 1, k.shape[2])
     layer.finish(q, scale=None, record=None, at=0)
-    return layer.slots
 
 
 def scores_of(q, k, window, combine):
@@ -103,14 +110,13 @@ def test_duplicates_merge_to_an_unchanged_key_and_with_mass_to_dense_attention()
     # nine centres among eight copies of each of two tokens: both have one
     policy = foveate.create("ems", budget=13, window=4, reach=4, tau=0.999, space="post")
     layer = EvictionLayer(policy)
-    layer.update(k, v)
-    layer.admit(None, 1, 20)
-    layer.finish(q, scale=None, record=None, at=0)
+    call(layer, q, k, v)
     held = layer.slots.padded("k")
     gaps = (held[:, :, None] - k[0][:, None]).abs().amax(-1).amin(-1)
     assert float(gaps.max()) < 1e-6
     assert layer.slots.padded("count").sum(1).tolist() == [20, 20]
     new = [torch.randn(1, h, 1, DIM) for h in (HEADS * GROUP, HEADS, HEADS)]
+    layer.await_call()
     layer.update(*new[1:])
     layer.admit(None, 1, 1)
     whole = [torch.cat([x, y], 2) for x, y in zip((k, v), new[1:], strict=True)]
@@ -141,14 +147,10 @@ def test_without_rotary_embedding_equal_keys_meet_at_the_centres_position():
 def test_slots_count_as_tokens_when_the_cache_is_compressed_again():
     q, k, v = case(60)
     layer = EvictionLayer(foveate.create("ems", budget=12, window=4, buffer=3, tau=0.0))
-    layer.update(k[:, :, :30], v[:, :, :30])
-    layer.admit(None, 1, 30)
-    layer.finish(q[:, :, :30], scale=None, record=None, at=0)
+    call(layer, *(x[:, :, :30] for x in (q, k, v)))
     widths = []
     for i in range(30, 60):
-        layer.update(k[:, :, i : i + 1], v[:, :, i : i + 1])
-        layer.admit(None, 1, 1)
-        layer.finish(q[:, :, i : i + 1], scale=None, record=None, at=0)
+        call(layer, *(x[:, :, i : i + 1] for x in (q, k, v)))
         widths.append(layer.slots.width)
     assert widths[:5] == [13, 14, 15, 12, 13] and max(widths) == 15
     count = layer.slots.padded("count")
@@ -167,6 +169,15 @@ def test_a_row_of_the_mixing_matrix_sums_to_one():
     assert not ops.mix(x, slot, weight, 6)[:, 5].any()
     with pytest.raises(ValueError, match=r"slot and weight must be \(2, 30\)"):
         ops.mix(x, slot[:1], weight, 5)
+
+
+@torch.no_grad()
+def test_a_compressed_cache_is_refused_outside_the_block(tiny_llama):
+    cache = DynamicCache()
+    with foveate.attach(tiny_llama, cache="ems:budget=12,window=4"):
+        tiny_llama(prompt(30), past_key_values=cache)
+    with pytest.raises(ValueError, match="needs the model to be attached"):
+        tiny_llama(prompt(1), past_key_values=cache)
 
 
 @pytest.mark.parametrize("options", [{}, {"mass": False, "space": "post"}])

@@ -79,5 +79,7 @@ class Slots:
     @staticmethod
     def joined(parts: Sequence[Slots]) -> Slots:
         """Rows one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
         held = {name: torch.cat([part.held[name] for part in parts]) for name in parts[0].held}
         return Slots(held, [n for part in parts for n in part.lengths])

@@ -39,6 +39,8 @@ def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memor
             cache.layers[i] = layer
         if owner is None and isinstance(layer, CodecLayer):
             owner = layer
+        if isinstance(layer, EvictionLayer):
+            layer.await_call()
         if isinstance(layer, Stateful):
             memory[i] = layer.memory
     return memory

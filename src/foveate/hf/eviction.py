@@ -25,6 +25,7 @@ class EvictionLayer(PolicyLayer):
         self.tables = tables
         self.slots: Slots | None = None
         self.real: list[int] = []  # tokens of every row seen so far, without padding
+        self.awaited = False
         self._new: Packed = {}
         self._grown: Slots | None = None
         self._fresh: list[Tensor | slice] = []
@@ -33,8 +34,13 @@ class EvictionLayer(PolicyLayer):
         """Slots of the longest head."""
         return 0 if self.slots is None else self.slots.width
 
+    def await_call(self) -> None:
+        """An attached model is about to run: the next `update` will be followed by `finish`."""
+        self.awaited = True
+
     def take_over(self, keys: Tensor, values: Tensor) -> None:
         """Hold the tokens (B, Hkv, n, ·) of another cache."""
+        self.await_call()
         self.update(keys, values)
         self.admit(None, keys.shape[0], keys.shape[2])
         self._new = {}
@@ -43,11 +49,12 @@ class EvictionLayer(PolicyLayer):
         """All slots and the new tokens; only the new ones where `attend` reads the slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._new:
+        if not self.awaited:
             raise ValueError(
                 f"this cache was filled under {self.policy.card.name}, which needs the model to "
                 "be attached: use it inside the attach block only, or start with an empty cache"
             )
+        self.awaited = False
         self._new = {"k": key_states, "v": value_states}
         self.seen += key_states.shape[2]
         self._grown = self._appended(None)
@@ -65,13 +72,14 @@ class EvictionLayer(PolicyLayer):
             empty |= {n: k.new_empty(0, dtype=torch.float32) for n in self.policy.notes}
             self.slots = Slots(empty, [0] * (rows * heads))
             self.real = [0] * rows
-        real = k.new_ones(rows, length, dtype=torch.bool) if valid is None else valid
-        start = torch.tensor(self.real, device=k.device)[:, None] - 1
-        known = {"position": real.cumsum(1) + start, "count": real}
         new = dict(self._new)
-        for name in self.policy.notes:
-            note = known.get(name, torch.zeros_like(real)).float()
-            new[name] = note[:, None].expand(-1, heads, -1)
+        if self.policy.notes:
+            real = k.new_ones(rows, length, dtype=torch.bool) if valid is None else valid
+            start = torch.tensor(self.real, device=k.device)[:, None] - 1
+            known = {"position": real.cumsum(1) + start, "count": real}
+            for name in self.policy.notes:
+                note = known.get(name, torch.zeros_like(real)).float()
+                new[name] = note[:, None].expand(-1, heads, -1)
         return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()})
 
     def admit(self, valid: Tensor | None, batch: int, q_len: int) -> Tensor | None:
@@ -79,24 +87,27 @@ class EvictionLayer(PolicyLayer):
         before, grown = self.slots, self._grown
         if before is None or grown is None:
             raise RuntimeError("admit comes after update")
-        heads = len(before.lengths) // batch
-        filled = grown.filled()[::heads]
         if valid is None:
             self.slots, self._fresh = grown, [slice(None)] * batch
-            new = torch.full((batch,), q_len)
+            new = [q_len] * batch
         else:
-            filled[:, -q_len:] &= valid
-            grown = self._appended(valid)
-            real = grown.filled()
-            real[:, -q_len:] &= valid.repeat_interleave(heads, 0)
-            self.slots = grown.keep(real)
+            heads = len(before.lengths) // batch
+            real = self._appended(valid)
+            fresh = real.filled()
+            fresh[:, -q_len:] &= valid.repeat_interleave(heads, 0)
+            self.slots = real.keep(fresh)
             self._fresh = [row.nonzero().squeeze(-1) for row in valid]
-            new = valid.sum(1)
-        self.real = [n + m for n, m in zip(self.real, new.tolist(), strict=True)]
+            new = valid.sum(1).tolist()
+        self.real = [n + m for n, m in zip(self.real, new, strict=True)]
         self._grown = None
         if self.policy.uneven and before.width:
             return valid
-        return None if bool(filled.all()) else filled
+        if valid is None and grown.even:
+            return None
+        filled = grown.filled()[:: len(grown.lengths) // batch]
+        if valid is not None:
+            filled[:, -q_len:] &= valid
+        return filled
 
     def attend(self, q: Tensor, *, scale: float | None, softcap: float | None) -> Tensor:
         """Dense attention (B, Hq, Lq, Dv) of the call's queries over the slots of their rows."""
@@ -113,9 +124,9 @@ class EvictionLayer(PolicyLayer):
                     weight = part.padded("count").log()[None, :, None]
                     bias = weight.repeat_interleave(heads, 1)
                 k, v = part.padded("k")[None], part.padded("v")[None]
-                options: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
-                if queries.shape[2]:
-                    found = ops.attend(queries, k, v, causal=True, **options)
+                if length := queries.shape[2]:
+                    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
+                    found = ops.attend(queries, k, v, causal=length > 1, **options)
                     out[b, span, self._fresh[b]] = found[0]
         return out
 
@@ -125,7 +136,7 @@ class EvictionLayer(PolicyLayer):
             return
         self._new = {}
         prefill = q.shape[2] > 1 or self.seen == 1
-        rows, changed = self._rows(), False
+        rows, evicted = self._rows(), False
         for b, row in enumerate(rows):
             queries = q[b : b + 1, :, self._fresh[b]]
             if not queries.shape[2]:
@@ -138,10 +149,13 @@ class EvictionLayer(PolicyLayer):
                 if record is not None and prefill:
                     record(_kept_mass(queries, row, kept, scale, at))
                 row = self.policy.merge(row, scores, kept, rope=self.tables, layer=at)
-            changed = changed or row is not rows[b]
+                evicted = True
             rows[b] = row
-        if changed:
+        if evicted:
             self.slots = Slots.joined(rows)
+        elif self.slots is not None and self.policy.notes:
+            notes = {name: torch.cat([x.held[name] for x in rows]) for name in self.policy.notes}
+            self.slots = Slots(self.slots.held | notes, self.slots.lengths)
 
     def _observed(self, q: Tensor, row: Slots, scale: float | None) -> Slots:
         """A row with its notes brought up to date."""

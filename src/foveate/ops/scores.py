@@ -202,14 +202,18 @@ def _observed(
         if rows.numel() == 0:
             continue
         s = grouped_logits(q[:, :, rows], k, factor)[0]
-        keys = torch.arange(lk, device=q.device)
-        hidden = (keys > rows[:, None] + lk - lq) if is_causal else keys < 0
-        if valid is not None:
-            hidden = hidden | ~valid[row]
-        s = s.masked_fill(hidden, float("-inf"))
+        hidden = None if valid is None else ~valid[row]
+        if is_causal and lq > 1:
+            later = torch.arange(lk, device=q.device) > rows[:, None] + lk - lq
+            hidden = later if hidden is None else later | hidden
+        if hidden is not None:
+            s = s.masked_fill(hidden, float("-inf"))
         if softmax:
-            s = torch.softmax(s, -1).nan_to_num(0.0)
-        part = s.amax(1) if over == "max" else s.masked_fill(hidden, 0.0).sum(1)
+            s = torch.softmax(s, -1)
+            s = s if hidden is None else s.nan_to_num(0.0)
+        if over != "max" and hidden is not None:
+            s = s.masked_fill(hidden, 0.0)
+        part = s.amax(1) if over == "max" else s.sum(1)
         if total is None:
             total = part
         else:

@@ -14,7 +14,9 @@ _PLAIN = "space=post,tau=0.6,mass=false"
 
 def measure() -> Outcome:
     """Perplexity of 256 tokens after 1,024 kept in 64 or 128 slots; two texts."""
-    figures = {"perplexity, full cache": judge(None, _PROMPT, _THEN, _SKIPS).perplexity}
+    figures: dict[str, float] = {
+        "perplexity, full cache": judge(None, _PROMPT, _THEN, _SKIPS).perplexity
+    }
     holds = True
     for budget in (64, 128):
         specs = {

@@ -10,7 +10,8 @@ _PROMPT, _THEN, _SKIPS = 1024, 256, (0, 11_000)
 
 def measure() -> Outcome:
     """KL and top-1 agreement with the full cache over 256 tokens after 1,024; two texts."""
-    figures, holds = {}, True
+    figures: dict[str, float] = {}
+    holds = True
     for budget in (128, 256):
         kl = {}
         for name, policy in (("heavy hitters", "h2o"), ("window", "window")):
