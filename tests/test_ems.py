@@ -211,3 +211,13 @@ def test_segments_of_different_lengths_are_kept_joined_and_picked():
     assert grown.held["k"][:, 0].tolist() == [0, 7, 2, 3, 8, 5, 9]
     rows = grown.rows(3)
     assert Slots.joined([rows[2], rows[0]]).held["k"][:, 0].tolist() == [5, 9, 0, 7]
+
+
+@torch.no_grad()
+def test_a_selected_row_holds_its_own_bytes_only(tiny_llama):
+    cache, ids = DynamicCache(), prompt(60).view(3, 20)
+    with foveate.attach(tiny_llama, cache="h2o:budget=8"):
+        tiny_llama(ids, past_key_values=cache)
+    before = cache.layers[0].nbytes()
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.layers[0].nbytes() * 3 == before

@@ -162,8 +162,8 @@ def test_other_options_than_those_of_the_training_are_refused(taught):
 @pytest.mark.parametrize(("heads", "layer"), [(3, 0), (2, 4)])
 def test_a_model_of_another_shape_is_refused(taught, heads, layer):
     policy = foveate.create("lococo", **SMALL, conv=str(taught[1]))
-    row = Slots.of({"k": torch.rand(heads, 30, 16), "v": torch.rand(heads, 30, 16)})
-    row.held["score"] = torch.rand(heads * 30)
+    held = {name: torch.rand(heads * 30, 16) for name in "kv"}
+    row = Slots(held | {"score": torch.rand(heads * 30)}, [30] * heads)
     scores = row.padded("score")
     with pytest.raises(ValueError, match="was trained on a model with 4 layers, 4 query heads, 2"):
         policy.merge(row, scores, policy.keep(scores), rope=None, layer=layer)

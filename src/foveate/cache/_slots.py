@@ -20,13 +20,6 @@ class Slots:
     held: dict[str, Tensor]
     lengths: list[int]
 
-    @classmethod
-    def of(cls, held: Mapping[str, Tensor]) -> Slots:
-        """Segments of one length, from tensors (S, n, …)."""
-        first = next(iter(held.values()))
-        flat = {name: x.flatten(0, 1) for name, x in held.items()}
-        return cls(flat, [first.shape[1]] * first.shape[0])
-
     @property
     def width(self) -> int:
         """Length of the longest segment."""
@@ -78,8 +71,6 @@ class Slots:
 
     @staticmethod
     def joined(parts: Sequence[Slots]) -> Slots:
-        """Rows one behind the other."""
-        if len(parts) == 1:
-            return parts[0]
+        """Rows one behind the other, copied."""
         held = {name: torch.cat([part.held[name] for part in parts]) for name in parts[0].held}
         return Slots(held, [n for part in parts for n in part.lengths])

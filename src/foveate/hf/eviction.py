@@ -152,7 +152,7 @@ class EvictionLayer(PolicyLayer):
                 evicted = True
             rows[b] = row
         if evicted:
-            self.slots = Slots.joined(rows)
+            self.slots = rows[0] if len(rows) == 1 else Slots.joined(rows)
         elif self.slots is not None and self.policy.notes:
             notes = {name: torch.cat([x.held[name] for x in rows]) for name in self.policy.notes}
             self.slots = Slots(self.slots.held | notes, self.slots.lengths)
