@@ -84,6 +84,8 @@ class Attention:
         if not padded and not (self.stateful and self.acts(shape.k_len, call)):
             call.valid = None
             return self._run(q, k, v, call)
+        if not padded and shape.batch == 1:
+            return self._run(q, k, v, call.row(0, 1))
         out = q.new_zeros(*q.shape[:3], shape.v_dim)
         for b, at, row in rows_of(call, shape.batch, shape.q_len):
             row.mask = None if mask is None else mask.take(b, at.slots)
