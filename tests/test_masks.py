@@ -12,6 +12,8 @@ IDS = torch.tensor([[0] * 5 + [1] * 19, [0] * 11 + [3] * 2 + [4] * 11])
 MIXED = torch.tensor([0, 1, 0, 2, 2, 1] * 4)
 LINKS = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
 REAL = torch.arange(LENGTH) >= torch.tensor([[0], [7]])
+ENDS = (torch.arange(LENGTH) - 10).abs() < torch.tensor([[7], [0]])
+HOLES = torch.arange(LENGTH) % 5 > 1
 DENSE = torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
 
 # Each mask with its meaning, spelled out on plain integers.
@@ -35,6 +37,8 @@ RULES = {
     "unordered groups": (ops.groups(MIXED), lambda b, h, q, k: MIXED[q] == MIXED[k]),
     "linked groups": (ops.groups(MIXED, LINKS), lambda b, h, q, k: LINKS[MIXED[q], MIXED[k]]),
     "padding": (ops.padding(REAL), lambda b, h, q, k: REAL[b, k]),
+    "padding at both ends": (ops.padding(ENDS), lambda b, h, q, k: ENDS[b, k]),
+    "padding with holes": (ops.padding(HOLES), lambda b, h, q, k: HOLES[k]),
     "dense": (ops.dense(DENSE), lambda b, h, q, k: DENSE[b, h, q, k]),
     "dense per row": (ops.dense(DENSE[:, 0]), lambda b, h, q, k: DENSE[b, 0, q, k]),
     "dense for all": (ops.dense(DENSE[0, 0]), lambda b, h, q, k: DENSE[0, 0, q, k]),
@@ -81,6 +85,11 @@ def test_runs_are_another_form_of_the_mask(slots, mask):
     inside = (runs[..., :1] <= k) & (k < runs[..., 1:])
     want = mask.to_dense(length, length)
     assert torch.equal(inside.any(-2).expand_as(want), want)
+
+
+def test_padding_has_runs_where_its_rows_have_no_holes():
+    assert ops.padding(REAL).runs is not None and ops.padding(ENDS).runs is not None
+    assert ops.padding(HOLES).runs is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -74,17 +74,20 @@ def test_an_empty_tail_sees_the_prefix_alone_and_nothing_gives_zero():
     assert not relay(q, k, v, causal=False, call=Call(shared=none)).any()
 
 
-def test_the_prefix_meets_the_queries_of_all_rows_in_one_product(monkeypatch):
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefix_and_tails_are_read_in_one_call_each_for_all_rows(monkeypatch, padded):
     q, k, v, held = tensors(batch=3)
+    valid = torch.arange(9) >= torch.tensor([[0], [2], [5]])
     seen, attend = [], ops.attend
 
     def spy(q, k, v, **options):
-        seen.append((tuple(q.shape[::2]), k.data_ptr() == held.k.data_ptr()))
+        seen.append((tuple(q.shape[::2]), k.shape[2]))
         return attend(q, k, v, **options)
 
     monkeypatch.setattr(ops, "attend", spy)
-    foveate.create("relay")(q, k, v, call=Call(shared=held))
-    assert [rows for rows, shared in seen if shared] == [(1, 3)]
+    call = Call(shared=held, valid=valid if padded else None)
+    foveate.create("relay")(q, k, v, call=call)
+    assert sorted(seen) == [((1, 3), 30), ((3, 1), 9)]
 
 
 def behind(ids, system=SYSTEM):

@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from foveate import ops
-from foveate.attention._call import Call, Result, rows_of
+from foveate.attention._call import Call, Result
 from foveate.attention.base import Attention, dense_result
 from foveate.ops import Mask
 from foveate.ops.tile import default_scale
@@ -65,16 +64,12 @@ class SharedPrefix(Attention):
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse) of every row over its own keys; padding sees nothing."""
-    if call.valid is None:
-        return ops.attend(q, k, v, return_lse=True, **call.options())
-    out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), torch.full(q.shape[:3], -torch.inf)
-    lse = lse.to(q.device)
-    for b, at, row in rows_of(call, q.shape[0], q.shape[2]):
-        row.mask = None if call.mask is None else call.mask.take(b, at.slots)
-        found = ops.attend(at.queries(q), at.keys(k), at.keys(v), return_lse=True, **row.options())
-        out[b, :, at.rows], lse[b, :, at.rows] = (x[0] for x in found)
-    return out, lse
+    """(out, lse) of every row over its own keys, all rows at once; padding is not seen."""
+    options = call.options()
+    if call.valid is not None:
+        real = ops.padding(call.valid)
+        options["mask"] = real if call.mask is None else call.mask & real
+    return ops.attend(q, k, v, return_lse=True, **options)
 
 
 def _to_shared(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from foveate.ops.runs import FAR, Runs, joined_runs, one_run, outside, runs_of
 from foveate.ops.shapes import check_block, positions
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Bounds = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Exact = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Runs = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Positions below and above all others.
-_FAR = (-(1 << 40), 1 << 40)
 
 
 def _unknown(b: Tensor, h: Tensor, *tile: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +78,7 @@ class Mask:
             max(self.batch, other.batch),
             max(self.heads, other.heads),
             f"({self.name} {sign} {other.name})",
-            _joined_runs(self.runs, other.runs, both),
+            joined_runs(self.runs, other.runs, both),
             _joined_exact(self, other, both),
         )
 
@@ -102,7 +99,7 @@ class Mask:
             self.batch,
             self.heads,
             f"~{self.name}",
-            None if self.runs is None else partial(_outside, self.runs),
+            None if self.runs is None else partial(outside, self.runs),
             self.exact,
         )
 
@@ -171,21 +168,6 @@ class Mask:
         )
 
 
-def _joined_runs(left: Runs | None, right: Runs | None, both: bool) -> Runs | None:
-    """Runs of the positions in both masks, or in either."""
-    if left is None or right is None:
-        return None
-    one, two = left, right
-
-    def runs(b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
-        x, y = one(b, h, q_pos), two(b, h, q_pos)
-        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-        x, y = (z.expand(*lead, *z.shape[-2:]) for z in (x, y))
-        return _common(x, y) if both else torch.cat((x, y), -2)
-
-    return runs
-
-
 def _joined_exact(left: Mask, right: Mask, both: bool) -> Exact | None:
     """Where the bounds of a joined mask are the truth: where one mask alone decides, exactly."""
     if left.exact is None and right.exact is None:
@@ -204,42 +186,13 @@ def _joined_exact(left: Mask, right: Mask, both: bool) -> Exact | None:
     return exact
 
 
-def _common(x: Tensor, y: Tensor) -> Tensor:
-    """What every pair of runs of x and y has in common: (…, n, 2), (…, m, 2) -> (…, n * m, 2)."""
-    x, y = x[..., :, None, :], y[..., None, :, :]
-    first, end = torch.maximum(x[..., 0], y[..., 0]), torch.minimum(x[..., 1], y[..., 1])
-    return torch.stack((first, end), -1).flatten(-3, -2)
-
-
-def _outside(runs: Runs, b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
-    """Runs of the positions in none of a mask's runs."""
-    gaps = None
-    for run in runs(b, h, q_pos).unbind(-2):
-        # An empty run leaves out nothing, wherever it lies.
-        first, end = run[..., 0], torch.maximum(run[..., 0], run[..., 1])
-        before = torch.stack((torch.full_like(first, _FAR[0]), first), -1)
-        after = torch.stack((end, torch.full_like(end, _FAR[1])), -1)
-        both = torch.stack((before, after), -2)
-        gaps = both if gaps is None else _common(gaps, both)
-    if gaps is None:
-        raise ValueError("a mask with runs needs at least one run")
-    return gaps
-
-
-def _run(first: Tensor | int, end: Tensor | int, q_pos: Tensor) -> Tensor:
-    """One run [first, end) for every query: (…, 1, 2)."""
-    ends = torch.broadcast_tensors(*(torch.as_tensor(x, device=q_pos.device) for x in (first, end)))
-    run = torch.stack(ends, -1)[..., None, :]
-    return run.expand(*torch.broadcast_shapes(run.shape[:-2], q_pos.shape), 1, 2)
-
-
 def causal() -> Mask:
     """A query sees the keys at its own position and before."""
     return Mask(
         lambda b, h, q, k: k <= q,
         lambda b, h, q_lo, q_hi, k_lo, k_hi: (k_lo <= q_hi, k_hi <= q_lo),
         name="causal()",
-        runs=lambda b, h, q: _run(_FAR[0], q + 1, q),
+        runs=lambda b, h, q: one_run(FAR[0], q + 1, q),
         exact=always,
     )
 
@@ -276,7 +229,7 @@ def window(n: int | Tensor, *, block: int = 1) -> Mask:
         return (k_lo - q_hi < w) & (q_lo - k_hi < w), (k_hi - q_lo < w) & (q_hi - k_lo < w)
 
     def runs(b: Tensor, h: Tensor, q: Tensor) -> Tensor:
-        return _run((q // block - size(h) + 1) * block, (q // block + size(h)) * block, q)
+        return one_run((q // block - size(h) + 1) * block, (q // block + size(h)) * block, q)
 
     return Mask(
         lambda b, h, q, k: (q // block - k // block).abs() < size(h),
@@ -299,7 +252,7 @@ def sinks(n: int | Tensor) -> Mask:
         ),
         heads=heads,
         name=f"sinks({n})",
-        runs=lambda b, h, q: _run(0, size(h), q),
+        runs=lambda b, h, q: one_run(0, size(h), q),
         exact=always,
     )
 
@@ -369,6 +322,7 @@ def padding(valid: Tensor) -> Mask:
         bounds,
         batch=table.shape[0],
         name="padding(…)",
+        runs=runs_of(table),
     )
 
 
