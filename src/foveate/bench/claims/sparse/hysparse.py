@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate import ops
 from foveate.bench.claims import Outcome
+from foveate.bench.claims._toys import Recaller, accuracy, recall
 from foveate.nn.sparse.hysparse import HySparse
 from foveate.ops import BlockLayout, Mask
-from foveate.tasks.mqar import mqar
-from foveate.tasks.train import fit
 
 CLAIM = "after equal steps, layers on shared keys recall more than windows, beyond their window"
 
-_DIM, _VOCABULARY, _STEPS = 32, 256, 200
+_DIM = 32
 _SIZES: dict[str, Any] = {
     "kv_heads": 1,
     "sparse_layers": 3,
@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
 def measure() -> Outcome:
     """Multi-query recall over 64 tokens with one full layer and three others, windows of 8."""
     figures = {
-        f"accuracy, {name}": _accuracy(kind)
+        f"accuracy, {name}": accuracy(recall(partial(_model, kind)))
         for name, kind in (("shared keys", HySparse), ("windows", _Windows))
     }
     shared, windows = figures.values()
@@ -52,34 +52,6 @@ class _Windows(HySparse):
         return ops.from_map(none[None, None], (1, self.block), lengths)
 
 
-class _Recaller(nn.Module):
-    """Embedding, a short causal convolution, the layers, a head."""
-
-    def __init__(self, layers: HySparse) -> None:
-        super().__init__()
-        self.embed, self.layers = nn.Embedding(_VOCABULARY, _DIM), layers
-        self.conv = nn.Conv1d(_DIM, _DIM, 3, groups=_DIM)
-        self.head = nn.Sequential(nn.RMSNorm(_DIM), nn.Linear(_DIM, _VOCABULARY))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, L, vocabulary)."""
-        x = self.embed(ids).transpose(1, 2)
-        x = x + self.conv(nn.functional.pad(x, (2, 0)))
-        logits: Tensor = self.head(self.layers(x.transpose(1, 2)))
-        return logits
-
-
-def _accuracy(kind: type[HySparse]) -> float:
-    """Of a model trained from equal weights on equal batches."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = _Recaller(kind(_DIM, 2, **_SIZES))
-
-    def loss(step: int) -> Tensor:
-        batch = mqar(32, seed=step, spread=1.0, filler=False)
-        return batch.loss(model(batch.inputs))
-
-    fit(model.parameters(), loss, steps=_STEPS, lr=1e-2)
-    test = mqar(300, seed=100_000, spread=1.0, filler=False)
-    with torch.no_grad():
-        return test.accuracy(model(test.inputs))
+def _model(kind: type[HySparse]) -> Recaller:
+    """The layers in a model that can recall."""
+    return Recaller([kind(_DIM, 2, **_SIZES)], _DIM)
