@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -142,7 +142,7 @@ def write_trained(
 
     A mechanism that is no dataclass names its options in a dict `options`.
     """
-    options = asdict(mechanism) if is_dataclass(mechanism) else mechanism.options
+    options = mechanism.options if isinstance(mechanism, nn.Module) else asdict(mechanism)
     draft = path.with_name(f"{path.name}.part")
     about = {
         "format": FORMAT,

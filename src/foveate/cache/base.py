@@ -31,6 +31,11 @@ class CachePolicy:
 
     card: ClassVar[Card]
 
+    @property
+    def read_densely(self) -> bool:
+        """Whether only dense attention can read what is held, as it lies there."""
+        return False
+
     def claimed_bytes(
         self,
         seen: int,
@@ -74,8 +79,8 @@ class Eviction(CachePolicy):
         return ()
 
     @property
-    def uneven(self) -> bool:
-        """Whether kv heads can keep different numbers of slots, or slots weigh differently."""
+    def read_densely(self) -> bool:
+        """Where kv heads can keep different numbers of slots, or slots weigh differently."""
         return "count" in self.notes
 
     def due(self, held: float, *, prefill: bool) -> bool:
@@ -161,9 +166,9 @@ class Shared(Eviction):
             raise ValueError(f"floor must be above 0 and at most 1, got {self.floor}")
 
     @property
-    def uneven(self) -> bool:
+    def read_densely(self) -> bool:
         """Heads differ where they share."""
-        return self.floor < 1 or super().uneven
+        return self.floor < 1 or super().read_densely
 
     def keep(self, scores: Tensor) -> Tensor:
         """The best of every head, then the best of all heads together."""

@@ -11,9 +11,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from foveate.attention.base import Memory, Tables
 from foveate.cache.base import CachePolicy, Codec, Eviction
+from foveate.cache.saq import SAQ
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import FullLayer, PolicyLayer, SlidingLayer, Stateful
+from foveate.hf.stairs import StairsLayer
 
 
 def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memory:
@@ -39,7 +41,7 @@ def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memor
             cache.layers[i] = layer
         if owner is None and isinstance(layer, CodecLayer):
             owner = layer
-        if isinstance(layer, EvictionLayer):
+        if isinstance(layer, PolicyLayer):
             layer.await_call()
         if isinstance(layer, Stateful):
             memory[i] = layer.memory
@@ -119,13 +121,13 @@ def _layer_for(
             new.take_over(old.keys, old.values)
         new.memory = getattr(old, "memory", new.memory)
         return new
-    elif isinstance(policy, Codec):
+    elif isinstance(policy, Codec | SAQ):
         if old.get_seq_length():
             raise ValueError(
                 f"{policy.card.name} encodes tokens as they come: it cannot take over a cache "
                 f"that already holds {old.get_seq_length()} tokens; start with an empty one"
             )
-        return CodecLayer(policy, owner, tables)
+        return StairsLayer(policy) if isinstance(policy, SAQ) else CodecLayer(policy, owner, tables)
     else:
         raise TypeError(f"{policy!r} is no cache policy")
     vars(new).update(vars(old))

@@ -167,10 +167,10 @@ class Attachment:
         causal = getattr(module, "is_causal", True) if causal is None else causal
         seen = understand(attention_mask, bool(causal), q_len)
         if isinstance(layer, PolicyLayer):
-            if seen.rule is not None and isinstance(layer, EvictionLayer):
+            if seen.rule is not None and (layer.reads or isinstance(layer, EvictionLayer)):
                 raise ValueError(
-                    "a cache that drops tokens needs plain causal attention, but this call comes "
-                    "with a mask of its own (packed documents, prefixes or a 4-D mask)"
+                    f"cache={layer.policy.card.name} needs plain causal attention, but this call "
+                    "comes with a mask of its own (packed documents, prefixes or a 4-D mask)"
                 )
             valid = layer.admit(seen.valid(q_len), q.shape[0], q_len)
         else:
@@ -195,7 +195,7 @@ class Attachment:
         mechanism = self._mechanism(call.phase, index, seen.sliding)
         if mechanism is self.dense:
             call.record = None
-        if isinstance(layer, EvictionLayer) and layer.policy.uneven and past:
+        if isinstance(layer, PolicyLayer) and layer.reads and past:
             out = layer.attend(q, scale=scale, softcap=call.softcap)
         else:
             out = mechanism(q, k, v, causal=seen.causal, mask=seen.rule, scale=scale, call=call)
@@ -308,10 +308,10 @@ def _check_slots(decode: list[Attention | None], policies: list[CachePolicy | No
     """Refuse decode mechanisms over slots that move, or that only the cache layer can read."""
     for index, (mechanism, policy) in enumerate(zip(decode, policies, strict=True)):
         plain = mechanism is None or mechanism.card.name == "dense"
-        if not plain and isinstance(policy, Eviction) and policy.uneven:
+        if not plain and policy is not None and policy.read_densely:
             raise ValueError(
-                f"layer {index}: cache={policy.card.name} keeps slots that differ by head or in "
-                "weight, which only dense attention reads: leave the slot decode empty"
+                f"layer {index}: what cache={policy.card.name} holds is read by dense attention "
+                "only: leave the slot decode empty"
             )
         moving = isinstance(policy, Eviction) and policy.evicts_decoding
         if mechanism is not None and mechanism.stateful and policy is not None and moving:

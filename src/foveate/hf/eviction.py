@@ -16,7 +16,7 @@ from foveate.hf.layers import PolicyLayer, Recorder
 class EvictionLayer(PolicyLayer):
     """Holds the slots its policy keeps, for every kv head of every row, without padding.
 
-    Slots of an uneven policy are read by `attend`; those of others are what `update` returns,
+    Slots that are `read_densely` are read by `attend`; others are what `update` returns,
     short rows filled up in front.
     """
 
@@ -25,7 +25,6 @@ class EvictionLayer(PolicyLayer):
         self.tables = tables
         self.slots: Slots | None = None
         self.real: list[int] = []  # tokens of every row seen so far, without padding
-        self.awaited = False
         self._new: Packed = {}
         self._grown: Slots | None = None
         self._fresh: list[Tensor | slice] = []
@@ -33,10 +32,6 @@ class EvictionLayer(PolicyLayer):
     def stored(self) -> int:
         """Slots of the longest head."""
         return 0 if self.slots is None else self.slots.width
-
-    def await_call(self) -> None:
-        """An attached model is about to run: the next `update` will be followed by `finish`."""
-        self.awaited = True
 
     def take_over(self, keys: Tensor, values: Tensor) -> None:
         """Hold the tokens (B, Hkv, n, ·) of another cache."""
@@ -49,16 +44,11 @@ class EvictionLayer(PolicyLayer):
         """All slots and the new tokens; only the new ones where `attend` reads the slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self.awaited:
-            raise ValueError(
-                f"this cache was filled under {self.policy.card.name}, which needs the model to "
-                "be attached: use it inside the attach block only, or start with an empty cache"
-            )
-        self.awaited = False
+        self.expect()
         self._new = {"k": key_states, "v": value_states}
         self.seen += key_states.shape[2]
         self._grown = self._appended(None)
-        if self.policy.uneven:
+        if self.reads:
             return key_states, value_states
         heads = key_states.shape[:2]
         return tuple(self._grown.padded(name).unflatten(0, heads) for name in self._new)
@@ -100,7 +90,7 @@ class EvictionLayer(PolicyLayer):
             new = valid.sum(1).tolist()
         self.real = [n + m for n, m in zip(self.real, new, strict=True)]
         self._grown = None
-        if self.policy.uneven and before.width:
+        if self.reads and before.width:
             return valid
         if valid is None and grown.even:
             return None

@@ -96,6 +96,25 @@ class PolicyLayer(Stateful, DynamicLayer):
         self.policy: Any = policy
         self.seen = 0
         self.valid: Tensor | None = None
+        self.awaited = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether `attend` reads what is stored, and `update` returns the new tokens alone."""
+        return bool(self.policy.read_densely)
+
+    def await_call(self) -> None:
+        """An attached model is about to run: the next `update` will be followed by `finish`."""
+        self.awaited = True
+
+    def expect(self) -> None:
+        """ValueError unless an attached model runs: without one no call is ever finished."""
+        if not self.awaited:
+            raise ValueError(
+                f"this cache was filled under {self.policy.card.name}, which needs the model to "
+                "be attached: use it inside the attach block only, or start with an empty cache"
+            )
+        self.awaited = False
 
     def stored(self) -> int:
         """Tokens a call would get besides its own."""
@@ -110,6 +129,10 @@ class PolicyLayer(Stateful, DynamicLayer):
         new = torch.ones(batch, q_len, dtype=torch.bool) if valid is None else valid
         self.valid = torch.cat([past.to(new.device), new], 1)
         return self.valid
+
+    def attend(self, q: Tensor, *, scale: float | None, softcap: float | None) -> Tensor:
+        """Attention (B, Hq, Lq, Dv) of the call's queries over all tokens of their rows."""
+        raise NotImplementedError
 
     def finish(self, q: Tensor, *, scale: float | None, record: Recorder | None, at: int) -> None:
         """End the call of queries q in layer `at`."""

@@ -1,0 +1,203 @@
+"""SAQ: keys and values in fewer bits the older they are (2024, paper 121)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate import ops
+from foveate.cache.base import CachePolicy
+from foveate.ops import Quantized
+from foveate.ops.quantize import BITS
+from foveate.registry import Card, register
+
+Exact = tuple[Tensor, Tensor]
+"""Keys and values (1, Hkv, n, ·)."""
+Coded = tuple[Quantized, Quantized]
+
+
+class Stairs(NamedTuple):
+    """What is held of one row: its first tokens, codes by level (oldest last), its newest tokens.
+
+    A level but the last holds one block or nothing.
+    """
+
+    first: Exact
+    levels: tuple[Coded | None, ...]
+    newest: Exact
+
+
+@register(
+    Card(
+        name="saq",
+        title="The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in "
+        "Generative AI",
+        claim="the older a token is, the fewer bits its keys and values need",
+        kind="cache",
+        family="decode",
+        year=2024,
+        paper=121,
+        cost="bits/8 + 4/group bytes a number; old tokens are read as the codes they are",
+        decoding="each block of tokens is requantised when it steps down a level",
+        confidence="the schedule of levels was read, that of the newest block inferred; first and "
+        "recent tokens kept exact are additions, off at 0",
+        small={"bits": (16, 4), "block": 8, "group": 8, "first": 2, "recent": 3},
+        full={"bits": (16,)},
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class SAQ(CachePolicy):
+    """Tokens step down a staircase of `bits`, the first of which, 16, stands for unquantised.
+
+    The `recent` newest tokens, and up to `block` before them, are exact. A full block takes
+    bits[1]; each further block pushes it one level down, until it joins all that have bits[-1].
+    Keys share a scale over `group` tokens of a channel, values over `group` channels of a token.
+    The `first` tokens of a row stay exact.
+    """
+
+    bits: tuple[int, ...] = (16, 4)
+    block: int = 64
+    group: int = 32
+    recent: int = 64
+    first: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("block", "group"):
+            ops.check_block(name, getattr(self, name))
+        for name in ("recent", "first"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.block % self.group:
+            raise ValueError(f"group must divide the block of {self.block}, got {self.group}")
+        steps = self.bits[1:]
+        falling = all(a > b for a, b in zip(self.bits, steps, strict=False))
+        if self.bits[:1] != (16,) or not falling or any(n not in BITS for n in steps):
+            raise ValueError(
+                f"bits must fall from 16 through some of {BITS[::-1]}, like 16/4, got {self.bits}"
+            )
+
+    @property
+    def read_densely(self) -> bool:
+        """Codes are read where they lie."""
+        return True
+
+    def empty(self, k: Tensor, v: Tensor) -> Stairs:
+        """Nothing held, of keys and values like k and v (1, Hkv, n, ·)."""
+        none = k[:, :, :0], v[:, :, :0]
+        return Stairs(none, (None,) * (len(self.bits) - 1), none)
+
+    def extended(self, held: Stairs, k: Tensor, v: Tensor) -> Stairs:
+        """What is held once the tokens k, v (1, Hkv, n, ·) have come, too."""
+        if v.shape[3] % self.group:
+            raise ValueError(f"group {self.group} does not divide the {v.shape[3]} value channels")
+        first, newest = held.first, _joined(held.newest, (k, v))
+        if (lack := self.first - first[0].shape[2]) > 0:
+            first, newest = _joined(first, _cut(newest, 0, lack)), _cut(newest, lack)
+        count = (newest[0].shape[2] - self.recent) // self.block
+        if count < 1 or not held.levels:
+            return Stairs(_owned(first), held.levels, _owned(newest))
+        old = _cut(newest, 0, count * self.block)
+        levels = self._stepped(held.levels, old, count)
+        return Stairs(_owned(first), levels, _owned(_cut(newest, count * self.block)))
+
+    def attend(self, q: Tensor, held: Stairs, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Causal attention of q (1, Hq, n, D), whose keys are k, over what is held and those.
+
+        options: scale and softcap of `ops.attend`.
+        """
+        exact = _joined(_joined(held.first, held.newest), (k, v))
+        causal = q.shape[2] > 1
+        parts = [ops.attend(q, *exact, causal=causal, return_lse=True, **options)]
+        for bits, level in zip(self.bits[1:], held.levels, strict=True):
+            if level is not None:
+                k_codes, v_codes = level
+                widths: dict[str, Any] = {"k_bits": bits, "v_bits": bits, **options}
+                parts.append(ops.attend_quantized(q, k_codes, v_codes, return_lse=True, **widths))
+        return parts[0][0] if len(parts) == 1 else ops.merge(parts)[0]
+
+    def claimed_bytes(
+        self,
+        seen: int,
+        prompt: int,
+        *,
+        kv_heads: int,
+        dim: int,
+        itemsize: int,
+        exact: int | None = None,
+    ) -> float:
+        """Exact tokens, and codes, scales and zeros of the others."""
+        blocks = max(0, seen - self.first - self.recent) // self.block
+        blocks = blocks if len(self.bits) > 1 else 0
+        steps = self.bits[1:-1][:blocks] + self.bits[-1:] * (blocks - len(self.bits) + 2)
+        each = sum(ops.quantized_bytes(dim, n, group=self.group) for n in steps) * self.block
+        return 2.0 * kv_heads * (each + (seen - blocks * self.block) * dim * itemsize)
+
+    def _stepped(
+        self, levels: tuple[Coded | None, ...], new: Exact, count: int
+    ) -> tuple[Coded | None, ...]:
+        """Levels after `count` blocks more: every block goes down through all on its way."""
+        last = len(levels) - 1
+        steps: list[Coded | None] = [None] * last
+        down = [level for level in levels[last:] if level is not None]
+        for at in range(last - 1, -1, -1):
+            if (block := levels[at]) is not None:
+                moved = self._lowered(self._read(block, at), at + 1, min(at + count, last))
+                if at + count < last:
+                    steps[at + count] = moved
+                else:
+                    down.append(moved)
+        # Of the new blocks the oldest go to the end, the others to a level each.
+        if (far := count - last) > 0:
+            down.append(self._lowered(_cut(new, 0, far * self.block), 0, last))
+        for age in range(min(count, last)):
+            start = (count - 1 - age) * self.block
+            steps[age] = self._lowered(_cut(new, start, start + self.block), 0, age)
+        return (*steps, _chained(down))
+
+    def _lowered(self, tokens: Exact, start: int, stop: int) -> Coded:
+        """Tokens quantised for the levels start … stop, one after the other."""
+        for at in range(start, stop + 1):
+            bits = self.bits[at + 1]
+            coded = (
+                ops.quantize(tokens[0], bits, group=(self.group, 1)),
+                ops.quantize(tokens[1], bits, group=self.group),
+            )
+            tokens = self._read(coded, at)
+        return coded
+
+    def _read(self, coded: Coded, at: int) -> Exact:
+        """Values of the codes of a level."""
+        bits = self.bits[at + 1]
+        groups = (self.group, 1), (1, self.group)
+        k, v = (
+            ops.dequantize(x, bits, group=group) for x, group in zip(coded, groups, strict=True)
+        )
+        return k, v
+
+
+def _joined(a: Exact, b: Exact) -> Exact:
+    return torch.cat((a[0], b[0]), 2), torch.cat((a[1], b[1]), 2)
+
+
+def _cut(x: Exact, start: int, stop: int | None = None) -> Exact:
+    return x[0][:, :, start:stop], x[1][:, :, start:stop]
+
+
+def _owned(x: Exact) -> Exact:
+    """Copies: a view would hold on to all that it was cut from."""
+    k, v = (t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in x)
+    return k, v
+
+
+def _chained(parts: list[Coded]) -> Coded | None:
+    """Codes of consecutive tokens as one."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    k, v = (
+        Quantized(*(torch.cat(tensors, 2) for tensors in zip(*pieces, strict=True)))
+        for pieces in zip(*parts, strict=True)
+    )
+    return k, v

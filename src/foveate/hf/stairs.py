@@ -1,0 +1,94 @@
+"""The cache layer that holds old tokens as codes and reads them as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from foveate.cache.saq import SAQ, Stairs
+from foveate.hf.layers import PolicyLayer, Recorder
+
+
+class StairsLayer(PolicyLayer):
+    """Holds the tokens of every row without its padding; `attend` reads them.
+
+    `update` returns the new tokens alone.
+    """
+
+    def __init__(self, policy: SAQ) -> None:
+        super().__init__(policy)
+        self.rows: list[Stairs] = []
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._fresh: list[Tensor | slice] = []
+
+    def stored(self) -> int:
+        """Nothing comes with the new tokens."""
+        return 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The new tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.expect()
+        self._new = key_states, value_states
+        self.seen += key_states.shape[2]
+        return self._new
+
+    def admit(self, valid: Tensor | None, batch: int, q_len: int) -> Tensor | None:
+        """Validity of the new tokens."""
+        if valid is None:
+            self._fresh = [slice(None)] * batch
+        else:
+            self._fresh = [row.nonzero().squeeze(-1) for row in valid]
+        return valid
+
+    def attend(self, q: Tensor, *, scale: float | None, softcap: float | None) -> Tensor:
+        """Attention (B, Hq, Lq, Dv) of the call's queries over all tokens of their rows."""
+        if self._new is None:
+            raise RuntimeError("attend comes after update")
+        out = q.new_zeros(*q.shape[:3], self._new[1].shape[3])
+        for b, row in enumerate(self.rows):
+            at = self._fresh[b]
+            queries, (k, v) = q[b : b + 1, :, at], self._own(b)
+            if queries.shape[2]:
+                found = self.policy.attend(queries, row, k, v, scale=scale, softcap=softcap)
+                out[b, :, at] = found[0]
+        return out
+
+    def finish(self, q: Tensor, *, scale: float | None, record: Recorder | None, at: int) -> None:
+        """Take the new tokens in."""
+        if self._new is None:
+            return
+        own = [self._own(b) for b in range(q.shape[0])]
+        held = self.rows or [self.policy.empty(*pair) for pair in own]
+        self.rows = [self.policy.extended(row, *pair) for row, pair in zip(held, own, strict=True)]
+        self._new = None
+
+    def _own(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, Hkv, n, ·) of a row's new tokens."""
+        if self._new is None:
+            raise RuntimeError("nothing came")
+        k, v = (x[b : b + 1, :, self._fresh[b]] for x in self._new)
+        return k, v
+
+    def tensors(self) -> list[Tensor]:
+        """Exact tokens, codes, scales and zeros."""
+        held: list[Tensor] = []
+        for row in self.rows:
+            held += [*row.first, *row.newest]
+            held += [x for level in row.levels if level is not None for part in level for x in part]
+        return held
+
+    def _batch(self) -> int:
+        return max(len(self.rows), len(self.memory))
+
+    def _select(self, indices: Tensor) -> None:
+        super()._select(indices)
+        if self.rows:
+            self.rows = [self.rows[b] for b in indices.tolist()]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.rows, self._new, self._fresh = [], None, []
