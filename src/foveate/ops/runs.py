@@ -75,6 +75,6 @@ def runs_of(table: Tensor) -> Runs | None:
 
     def runs(b: Tensor, h: Tensor, q_pos: Tensor) -> Tensor:
         row = b % table.shape[0]
-        return one_run(*(x.to(q_pos.device)[row] for x in (first, end)), q_pos)
+        return one_run(first.to(q_pos.device)[row], end.to(q_pos.device)[row], q_pos)
 
     return runs
