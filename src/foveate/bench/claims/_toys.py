@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention.base import Attention, Call
+from foveate.bench.claims import Outcome
 from foveate.nn._attention import AttentionLayer
 from foveate.ops import Mask
 from foveate.tasks.mqar import mqar
@@ -107,3 +108,10 @@ def accuracy(model: nn.Module, *, filler: bool = False) -> float:
     """Share of right answers to questions about fresh pairs."""
     test = mqar(300, seed=100_000, spread=1.0, filler=filler)
     return test.accuracy(model(test.inputs))
+
+
+def judged(figures: dict[str, float], holds: bool, best: float) -> Outcome:
+    """The outcome of a comparison of recall; none where the best of the models did not learn it."""
+    if best < 0.5:
+        return Outcome(figures, None, "no model learned to recall in so few steps")
+    return Outcome(figures, holds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from foveate.bench.claims import Outcome
-from foveate.bench.claims._toys import Recaller, Residual, accuracy, recall
+from foveate.bench.claims._toys import Recaller, Residual, accuracy, judged, recall
 from foveate.nn.decode._kept import GLOBAL
 from foveate.nn.decode.nats import Nats
 
@@ -30,7 +30,8 @@ def measure() -> Outcome:
         figures["share of Global among pairs, pressure some"]
         > figures["share of Global among noise, pressure some"]
     )
-    return Outcome(figures, pressed < free and loses < 0.05 and first)
+    holds = pressed < free and loses < 0.05 and first
+    return judged(figures, holds, figures["accuracy, pressure none"])
 
 
 def _trained(pressure: float) -> tuple[float, float, float, float]:

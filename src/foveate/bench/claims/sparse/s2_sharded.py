@@ -8,7 +8,7 @@ from typing import Any
 from foveate.attention.dense.dense import Dense
 from foveate.attention.sparse.s2_sharded import S2Sharded
 from foveate.bench.claims import Outcome
-from foveate.bench.claims._toys import accuracy, attending, recall
+from foveate.bench.claims._toys import accuracy, attending, judged, recall
 
 CLAIM = "at one density, heads that read different shards recall what heads with one shard cannot"
 
@@ -27,4 +27,5 @@ def measure() -> Outcome:
         f"accuracy, {name}": accuracy(recall(partial(attending, way, heads=_SHARDS)))
         for name, way in ways.items()
     }
-    return Outcome(figures, figures["accuracy, different shards"] > figures["accuracy, one shard"])
+    dense, different, one = figures.values()
+    return judged(figures, different > one, dense)
