@@ -1,4 +1,4 @@
-"""Base classes of KV-cache policies: `Eviction` drops tokens, `Codec` stores them smaller.
+"""Base classes of KV-cache policies: `Eviction` drops tokens, others hold them in another form.
 
 A policy is a plain description with pure functions on tensors; the layer that runs it inside a
 transformers cache is in `foveate.hf.layers`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,17 @@ from foveate import ops
 from foveate.cache._slots import Slots
 from foveate.registry import Card
 
-__all__ = ["Bounded", "CachePolicy", "Codec", "Eviction", "Packed", "Shared", "Slots", "Tables"]
+__all__ = [
+    "Bounded",
+    "CachePolicy",
+    "Codec",
+    "Eviction",
+    "Packed",
+    "Shared",
+    "Slots",
+    "Store",
+    "Tables",
+]
 
 Packed = dict[str, Tensor]
 
@@ -208,3 +218,35 @@ class Codec(CachePolicy):
         hidden (B, L, width) is the layer's input before its norm.
         """
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(CachePolicy):
+    """Holds every row in a form of its own, which it reads itself where it lies.
+
+    Tokens k, v (1, Hkv, n, ·) come without padding, one row at a time.
+    """
+
+    @property
+    def read_densely(self) -> bool:
+        """Nothing else knows the form."""
+        return True
+
+    def empty(self, k: Tensor, v: Tensor) -> Any:
+        """What is held of no tokens, made for keys and values like k and v."""
+        raise NotImplementedError
+
+    def extended(self, held: Any, k: Tensor, v: Tensor) -> Any:
+        """What is held once the tokens k, v have come, too; `held` itself stays as it is."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, held: Any, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Causal attention of q (1, Hq, n, D), whose keys are k, over what is held and those.
+
+        options: scale and softcap of `ops.attend`.
+        """
+        raise NotImplementedError
+
+    def tensors(self, held: Any) -> list[Tensor]:
+        """The tensors that make up what is held."""
+        raise NotImplementedError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import ops
-from foveate.cache.base import CachePolicy
+from foveate.cache.base import Store
 from foveate.ops import Quantized
 from foveate.ops.quantize import BITS
 from foveate.registry import Card, register
@@ -49,7 +49,7 @@ class Stairs(NamedTuple):
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class SAQ(CachePolicy):
+class SAQ(Store):
     """Tokens step down a staircase of `bits`, the first of which, 16, stands for unquantised.
 
     The `recent` newest tokens, and up to `block` before them, are exact. A full block takes
@@ -79,11 +79,6 @@ class SAQ(CachePolicy):
                 f"bits must fall from 16 through some of {BITS[::-1]}, like 16/4, got {self.bits}"
             )
 
-    @property
-    def read_densely(self) -> bool:
-        """Codes are read where they lie."""
-        return True
-
     def empty(self, k: Tensor, v: Tensor) -> Stairs:
         """Nothing held, of keys and values like k and v (1, Hkv, n, ·)."""
         none = k[:, :, :0], v[:, :, :0]
@@ -104,10 +99,7 @@ class SAQ(CachePolicy):
         return Stairs(_owned(first), levels, _owned(_cut(newest, count * self.block)))
 
     def attend(self, q: Tensor, held: Stairs, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Causal attention of q (1, Hq, n, D), whose keys are k, over what is held and those.
-
-        options: scale and softcap of `ops.attend`.
-        """
+        """Exact tokens and the codes of each level, merged into one softmax."""
         exact = _joined(_joined(held.first, held.newest), (k, v))
         causal = q.shape[2] > 1
         parts = [ops.attend(q, *exact, causal=causal, return_lse=True, **options)]
@@ -117,6 +109,11 @@ class SAQ(CachePolicy):
                 widths: dict[str, Any] = {"k_bits": bits, "v_bits": bits, **options}
                 parts.append(ops.attend_quantized(q, k_codes, v_codes, return_lse=True, **widths))
         return parts[0][0] if len(parts) == 1 else ops.merge(parts)[0]
+
+    def tensors(self, held: Stairs) -> list[Tensor]:
+        """Exact tokens, codes, scales and zeros."""
+        coded = [level for level in held.levels if level is not None]
+        return [*held.first, *held.newest, *(x for k, v in coded for x in (*k, *v))]
 
     def claimed_bytes(
         self,

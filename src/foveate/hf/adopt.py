@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from foveate.attention.base import Memory, Tables
-from foveate.cache.base import CachePolicy, Codec, Eviction
-from foveate.cache.saq import SAQ
+from foveate.cache.base import CachePolicy, Codec, Eviction, Store
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import FullLayer, PolicyLayer, SlidingLayer, Stateful
-from foveate.hf.stairs import StairsLayer
+from foveate.hf.store import StoreLayer
 
 
 def adopt(cache: Any, policies: list[CachePolicy | None], decoder: Any) -> Memory:
@@ -121,13 +120,15 @@ def _layer_for(
             new.take_over(old.keys, old.values)
         new.memory = getattr(old, "memory", new.memory)
         return new
-    elif isinstance(policy, Codec | SAQ):
+    elif isinstance(policy, Codec | Store):
         if old.get_seq_length():
             raise ValueError(
                 f"{policy.card.name} encodes tokens as they come: it cannot take over a cache "
                 f"that already holds {old.get_seq_length()} tokens; start with an empty one"
             )
-        return StairsLayer(policy) if isinstance(policy, SAQ) else CodecLayer(policy, owner, tables)
+        return (
+            StoreLayer(policy) if isinstance(policy, Store) else CodecLayer(policy, owner, tables)
+        )
     else:
         raise TypeError(f"{policy!r} is no cache policy")
     vars(new).update(vars(old))

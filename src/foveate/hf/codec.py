@@ -123,18 +123,6 @@ class CodecLayer(PolicyLayer):
         if self.positions is not None:
             self.positions = self.positions[indices.to(self.positions.device)]
 
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Follow beam search."""
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._select(torch.arange(self._batch()).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows."""
-        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
-
     def reset(self) -> None:
         """Forget everything."""
         super().reset()

@@ -1,4 +1,4 @@
-"""The cache layer that holds old tokens as codes and reads them as they are."""
+"""The cache layer of policies that hold rows in a form of their own."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.cache.saq import SAQ, Stairs
+from foveate.cache.base import Store
 from foveate.hf.layers import PolicyLayer, Recorder
 
 
-class StairsLayer(PolicyLayer):
+class StoreLayer(PolicyLayer):
     """Holds the tokens of every row without its padding; `attend` reads them.
 
     `update` returns the new tokens alone.
     """
 
-    def __init__(self, policy: SAQ) -> None:
+    def __init__(self, policy: Store) -> None:
         super().__init__(policy)
-        self.rows: list[Stairs] = []
+        self.rows: list[Any] = []
         self._new: tuple[Tensor, Tensor] | None = None
         self._fresh: list[Tensor | slice] = []
 
@@ -73,12 +73,8 @@ class StairsLayer(PolicyLayer):
         return k, v
 
     def tensors(self) -> list[Tensor]:
-        """Exact tokens, codes, scales and zeros."""
-        held: list[Tensor] = []
-        for row in self.rows:
-            held += [*row.first, *row.newest]
-            held += [x for level in row.levels if level is not None for part in level for x in part]
-        return held
+        """Everything held."""
+        return [x for row in self.rows for x in self.policy.tensors(row)]
 
     def _batch(self) -> int:
         return max(len(self.rows), len(self.memory))
