@@ -12,7 +12,7 @@ from foveate.attention.base import Attention, Call
 from foveate.bench.claims import Outcome
 from foveate.nn._attention import AttentionLayer
 from foveate.ops import Mask
-from foveate.tasks.mqar import mqar
+from foveate.tasks.mqar import Batch, mqar
 from foveate.tasks.train import fit
 
 
@@ -41,7 +41,7 @@ class Recaller(nn.Module):
     The convolution puts a key beside its value, so that one layer is enough to recall.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dim: int, vocabulary: int = 256) -> None:
+    def __init__(self, layers: Sequence[nn.Module], dim: int, vocabulary: int = 128) -> None:
         super().__init__()
         self.embed, self.layers = nn.Embedding(vocabulary, dim), nn.ModuleList(layers)
         self.conv = nn.Conv1d(dim, dim, 3, groups=dim)
@@ -83,31 +83,35 @@ class Attending(AttentionLayer):
         return self.mechanism(q, k, v, causal=causal, mask=mask, call=call)
 
 
-def attending(mechanism: Attention, *, layers: int = 2, heads: int = 2, dim: int = 32) -> Recaller:
+def attending(mechanism: Attention, *, layers: int = 2, heads: int = 2, dim: int = 64) -> Recaller:
     """Layers that attend under a mechanism, in a model that can recall."""
     own = (Attending(mechanism, i, layers, dim, heads) for i in range(layers))
     return Recaller([Residual(layer, dim) for layer in own], dim)
 
 
-def recall(make: Callable[[], nn.Module], *, filler: bool = False, steps: int = 200) -> nn.Module:
-    """A model, made from the same random numbers, trained on multi-query recall over 64 tokens."""
+def recall(make: Callable[[], nn.Module], *, filler: bool = False, steps: int = 400) -> nn.Module:
+    """A model, made from the same random numbers, trained to recall 4 pairs within 64 tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make()
 
         def loss(step: int) -> Tensor:
-            batch = mqar(32, seed=step, spread=1.0, filler=filler)
+            batch = _rows(64, step, filler)
             return batch.loss(model(batch.inputs))
 
-        fit(model.parameters(), loss, steps=steps, lr=1e-2)
+        fit(model.parameters(), loss, steps=steps, lr=3e-3)
     return model.eval()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, *, filler: bool = False) -> float:
     """Share of right answers to questions about fresh pairs."""
-    test = mqar(300, seed=100_000, spread=1.0, filler=filler)
+    test = _rows(300, 100_000, filler)
     return test.accuracy(model(test.inputs))
+
+
+def _rows(count: int, seed: int, filler: bool) -> Batch:
+    return mqar(count, seed=seed, pairs=4, vocabulary=128, spread=1.0, filler=filler)
 
 
 def judged(figures: dict[str, float], holds: bool, best: float) -> Outcome:

@@ -12,7 +12,7 @@ from foveate.nn.decode.nats import Nats
 CLAIM = "under pressure a model recalls as well with fewer tokens kept, and drops noise first"
 
 # The pairs are the first tokens of a row.
-_DIM, _PAIRS = 32, 16
+_DIM, _PAIRS = 64, 8
 
 
 def measure() -> Outcome:

@@ -16,7 +16,7 @@ from foveate.ops import BlockLayout, Mask
 
 CLAIM = "after equal steps, layers on shared keys recall more than windows, beyond their window"
 
-_DIM = 32
+_DIM = 64
 _SIZES: dict[str, Any] = {
     "kv_heads": 1,
     "sparse_layers": 3,
