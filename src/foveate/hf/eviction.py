@@ -110,7 +110,8 @@ class EvictionLayer(PolicyLayer):
                 first = span.stop
                 queries = q[b : b + 1, span, self._fresh[b]]
                 bias = None
-                if "count" in row.held:
+                # Without weights to add, attention takes its fastest path.
+                if "count" in row.held and bool((part.held["count"] != 1).any()):
                     weight = part.padded("count").log()[None, :, None]
                     bias = weight.repeat_interleave(heads, 1)
                 k, v = part.padded("k")[None], part.padded("v")[None]
