@@ -1,5 +1,7 @@
 """MoA (2024, paper 137): spans by head, searched from a profile, against one window for all."""
 
+import math
+
 from foveate.attention.sparse.moa import MoA
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import judge, loaded, text_ids
@@ -18,7 +20,9 @@ def measure() -> Outcome:
         for n, count in ((512, 4), (1024, 2))
     ]
     searched = judge(_TOKENS, spans(profiles, density=_DENSITY, lengths=[_TOKENS]))
-    uniform = judge(_TOKENS, MoA(alpha=(-64.0,), beta=(_DENSITY,)))
+    # A window of a share w of all tokens reads 1 - (1 - w)² of the pairs.
+    share = 1 - math.sqrt(1 - (searched.density or 1.0))
+    uniform = judge(_TOKENS, MoA(alpha=(-64.0,), beta=(share,)))
     figures = {
         "density, searched": searched.density or 1.0,
         "density, uniform": uniform.density or 1.0,
