@@ -54,10 +54,10 @@ def attend_torch(
             sdpa = torch.nn.functional.scaled_dot_product_attention
             out = sdpa(q, k, v, is_causal=is_causal, scale=factor, enable_gqa=shape.group > 1)
             return out, None
-    rule = with_causal(mask, is_causal)
+    rule, positions = with_causal(mask, is_causal), positions_of(q, k, q_pos, k_pos)
     if soft and rule is None and shape.q_len <= _ROWS and has_flash(q, v, softcap, k, bias):
         return attend_tile(q, k, v, bias, factor)
-    walk = _Walk(q, k, v, rule, bias, factor, softcap, *positions_of(q, k, q_pos, k_pos))
+    walk = _Walk(q, k, v, rule, bias, factor, softcap, *positions)
     if soft and has_flash(q, v, softcap, k, bias):
         return walk.softmax()
     out, stats = walk.stream(normalizer)
