@@ -100,7 +100,7 @@ class SAQ(Store):
 
     def attend(self, q: Tensor, held: Stairs, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Exact tokens and the codes of each level, merged into one softmax."""
-        exact = _joined(_joined(held.first, held.newest), (k, v))
+        exact = _joined(held.first, held.newest, (k, v))
         causal = q.shape[2] > 1
         parts = [ops.attend(q, *exact, causal=causal, return_lse=True, **options)]
         for bits, level in zip(self.bits[1:], held.levels, strict=True):
@@ -175,8 +175,10 @@ class SAQ(Store):
         return k, v
 
 
-def _joined(a: Exact, b: Exact) -> Exact:
-    return torch.cat((a[0], b[0]), 2), torch.cat((a[1], b[1]), 2)
+def _joined(*parts: Exact) -> Exact:
+    """Consecutive tokens as one."""
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 def _cut(x: Exact, start: int, stop: int | None = None) -> Exact:

@@ -52,10 +52,7 @@ class CodecLayer(PolicyLayer):
             self.lazy_initialization(key_states, value_states)
         owner = self.owner or self
         if self._new is not None or (owner.tables is not None and owner._rope is None):
-            raise ValueError(
-                f"this cache was filled under {self.policy.card.name}, which needs the model to "
-                "be attached: use it inside the attach block only, or start with an empty cache"
-            )
+            raise self.unattached()
         self._new = (key_states, value_states)
         past = self.seen
         self.seen += key_states.shape[2]

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate import ops
 from foveate.attention.base import Record, token_layout
 from foveate.cache.base import Eviction, Packed, Slots, Tables
-from foveate.hf.layers import PolicyLayer, Recorder
+from foveate.hf.layers import PolicyLayer, Recorder, real_tokens
 
 
 class EvictionLayer(PolicyLayer):
@@ -77,8 +77,9 @@ class EvictionLayer(PolicyLayer):
         before, grown = self.slots, self._grown
         if before is None or grown is None:
             raise RuntimeError("admit comes after update")
+        self._fresh = real_tokens(valid, batch)
         if valid is None:
-            self.slots, self._fresh = grown, [slice(None)] * batch
+            self.slots = grown
             new = [q_len] * batch
         else:
             heads = len(before.lengths) // batch
@@ -86,7 +87,6 @@ class EvictionLayer(PolicyLayer):
             fresh = real.filled()
             fresh[:, -q_len:] &= valid.repeat_interleave(heads, 0)
             self.slots = real.keep(fresh)
-            self._fresh = [row.nonzero().squeeze(-1) for row in valid]
             new = valid.sum(1).tolist()
         self.real = [n + m for n, m in zip(self.real, new, strict=True)]
         self._grown = None

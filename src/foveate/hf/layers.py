@@ -110,11 +110,15 @@ class PolicyLayer(Stateful, DynamicLayer):
     def expect(self) -> None:
         """ValueError unless an attached model runs: without one no call is ever finished."""
         if not self.awaited:
-            raise ValueError(
-                f"this cache was filled under {self.policy.card.name}, which needs the model to "
-                "be attached: use it inside the attach block only, or start with an empty cache"
-            )
+            raise self.unattached()
         self.awaited = False
+
+    def unattached(self) -> ValueError:
+        """The refusal of a call that no attached model makes."""
+        return ValueError(
+            f"this cache was filled under {self.policy.card.name}, which needs the model to "
+            "be attached: use it inside the attach block only, or start with an empty cache"
+        )
 
     def stored(self) -> int:
         """Tokens a call would get besides its own."""
@@ -177,3 +181,10 @@ class PolicyLayer(Stateful, DynamicLayer):
                 f"{abs(tokens_to_remove)} tokens: speculative and prompt-lookup decoding need a "
                 "cache that keeps every token (attach without the cache slot)"
             )
+
+
+def real_tokens(valid: Tensor | None, batch: int) -> list[Tensor | slice]:
+    """Where the real ones among the new tokens of every row lie; valid (B, l), None: everywhere."""
+    if valid is None:
+        return [slice(None)] * batch
+    return [row.nonzero().squeeze(-1) for row in valid]

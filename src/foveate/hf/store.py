@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.cache.base import Store
-from foveate.hf.layers import PolicyLayer, Recorder
+from foveate.hf.layers import PolicyLayer, Recorder, real_tokens
 
 
 class StoreLayer(PolicyLayer):
@@ -37,10 +37,7 @@ class StoreLayer(PolicyLayer):
 
     def admit(self, valid: Tensor | None, batch: int, q_len: int) -> Tensor | None:
         """Validity of the new tokens."""
-        if valid is None:
-            self._fresh = [slice(None)] * batch
-        else:
-            self._fresh = [row.nonzero().squeeze(-1) for row in valid]
+        self._fresh = real_tokens(valid, batch)
         return valid
 
     def attend(self, q: Tensor, *, scale: float | None, softcap: float | None) -> Tensor:
