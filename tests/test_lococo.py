@@ -5,7 +5,7 @@ from transformers import DynamicCache
 import foveate
 from attached import check_bytes, prompt
 from foveate import ops
-from foveate.attention._trained import ModelShape
+from foveate.attention._trained import ModelShape, write_trained
 from foveate.bench import train as training
 from foveate.cache.base import Slots
 from tiny_models import build
@@ -153,20 +153,37 @@ def test_the_command_prints_the_line_that_uses_it(foveate_command, tiny_model_di
 
 
 def test_other_options_than_those_of_the_training_are_refused(taught):
-    model, path, _ = taught
-    policy = foveate.create("lococo", **{**SMALL, "budget": 14}, conv=str(path))
     with pytest.raises(ValueError, match="trained with budget=12, but lococo has budget=14"):
-        chunked(model, prompt(30), policy, 30)
+        foveate.create("lococo", **{**SMALL, "budget": 14}, conv=str(taught[1]))
 
 
-@pytest.mark.parametrize(("heads", "layer"), [(3, 0), (2, 4)])
-def test_a_model_of_another_shape_is_refused(taught, heads, layer):
+def test_other_heads_are_refused(taught):
     policy = foveate.create("lococo", **SMALL, conv=str(taught[1]))
-    held = {name: torch.rand(heads * 30, 16) for name in "kv"}
-    row = Slots(held | {"score": torch.rand(heads * 30)}, [30] * heads)
+    held = {name: torch.rand(90, 16) for name in "kv"}
+    row = Slots(held | {"score": torch.rand(90)}, [30] * 3)
     scores = row.padded("score")
-    with pytest.raises(ValueError, match="was trained on a model with 4 layers, 4 query heads, 2"):
-        policy.merge(row, scores, policy.keep(scores), rope=None, layer=layer)
+    with pytest.raises(ValueError, match=r"4 layers, 4 query heads, 2 kv .* has .* 3 kv heads"):
+        policy.merge(row, scores, policy.keep(scores), rope=None, layer=0)
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_a_model_with_other_layers_is_refused_before_it_runs(taught, tmp_path, layers):
+    model, _, done = taught
+    weights = {
+        name: x[:1].expand(layers, *x.shape[1:]) for name, x in done.learner.weights().items()
+    }
+    file = tmp_path / "conv"
+    write_trained(file, done.mechanism, done.shape._replace(layers=layers), weights)
+    with pytest.raises(ValueError, match=rf"with {layers} layers.* but this one has 4 layers"):
+        foveate.attach(model, cache=foveate.create("lococo", **SMALL, conv=str(file)))
+
+
+def test_other_files_are_refused(taught, tmp_path):
+    done = taught[2]
+    weights = {**done.learner.weights(), "bias": torch.zeros(3)}
+    write_trained(tmp_path / "conv", done.mechanism, done.shape, weights)
+    with pytest.raises(ValueError, match="holds no convolutions for its model"):
+        foveate.create("lococo", **SMALL, conv=str(tmp_path / "conv"))
 
 
 @pytest.mark.parametrize("size", [30, 14])

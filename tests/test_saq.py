@@ -18,7 +18,7 @@ def tokens(count, seed=0):
 
 def held_after(policy, k, v, cuts):
     """What is held after the tokens came in pieces that end at the cuts."""
-    held = policy.empty(k, v)
+    held = policy.empty(k, v, layer=0)
     for lo, hi in zip((0, *cuts), (*cuts, k.shape[2]), strict=True):
         held = policy.extended(held, k[:, :, lo:hi], v[:, :, lo:hi])
     return held
@@ -114,4 +114,4 @@ def test_refuses_bad_options(options, said):
 def test_refuses_values_that_groups_do_not_fit():
     k = torch.randn(1, 1, 4, 24)
     with pytest.raises(ValueError, match="does not divide the 24 value channels"):
-        SAQ(group=16, block=16).extended(SAQ().empty(k, k), k, k)
+        SAQ(group=16, block=16).extended(SAQ().empty(k, k, layer=0), k, k)

@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_old_file(run, tiny_model_dir, tmp_path, monkeypa
         (["nothing", "--out", "g"], "unknown mechanism"),
         (["seerattention", "--out", "missing/g"], "directory that exists"),
         (["seerattention", "--tokens=8", "--window=16", "--out", "g"], "--tokens >= --window"),
-        (["seerattention", "--steps=0", "--out", "g"], "--steps >= 1"),
+        (["seerattention", "--steps=0", "--out", "g"], "needs at least 1 steps, got 0"),
         (["seerattention", "--text", "missing.txt", "--out", "g"], "cannot read"),
     ],
 )

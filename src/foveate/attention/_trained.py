@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,9 @@ from foveate.attention.base import Attention, Call, Result
 from foveate.registry import Card
 
 FORMAT = "foveate.trained/1"
+
+Told = Callable[[str, int, int], None]
+"""Hears the stage of a training, and how much of it is done."""
 
 
 class ModelShape(NamedTuple):
@@ -40,14 +43,20 @@ class Learner(nn.Module):
     While it is trained it attends in the mechanism's place and takes note of what `loss` needs.
     A learner that goes `through_model` is trained by the model's own loss: every step is a pass,
     and gradients flow back through it. Any other learns from its notes alone: it watches every
-    text once, without gradients, and each step draws from what it noted.
+    text once, without gradients, and each step draws from what it noted. `distil` is the share
+    of the model's loss that is the divergence from its own predictions; a learner with any attends
+    densely while it watches.
     """
 
     through_model: ClassVar[bool] = False
+    distil: ClassVar[float] = 0.0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """A layer's output while training."""
         raise NotImplementedError
+
+    def watched(self) -> None:
+        """Make something of the notes; called when all texts were watched."""
 
     def loss(self, done: float, text: Tensor | None, task: int) -> Tensor:
         """What to minimise when the share `done` of the steps is done.
@@ -57,13 +66,21 @@ class Learner(nn.Module):
         """
         raise NotImplementedError
 
+    def finish(self, hidden: Callable[[], Tensor], told: Told) -> None:
+        """End the training; `hidden` runs the model and gives the last hidden states of a text."""
+
     def weights(self) -> dict[str, Tensor]:
         """What is kept of it in a file."""
         return dict(self.state_dict())
 
 
 class Trainable:
-    """A mechanism with a trained part, kept in the file its option `trained` names ("": none)."""
+    """A mechanism with a trained part, kept in the file its option `trained` names ("": none).
+
+    One that `calibrates` watches the texts before its first step, and is of use without any.
+    """
+
+    calibrates: ClassVar[bool] = False
 
     trained: ClassVar[str]
     """Name of that option."""
@@ -118,6 +135,12 @@ class Trained:
                     f"{self.path} was trained with {key}={self.options.get(key)}, "
                     f"but {self.mechanism} has {key}={value}: they must agree"
                 )
+
+    def check_tensors(self, what: str, **want: tuple[int, ...]) -> None:
+        """Refuse a file whose tensors do not have these names and shapes."""
+        got = {name: tuple(x.shape) for name, x in self.weights.items()}
+        if got != want:
+            raise ValueError(f"{self.path} holds no {what} for its model: wanted {want}, got {got}")
 
     def check_model(self, found: ModelShape) -> None:
         """Refuse a model of another shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from foveate.attention._trained import (
     InTraining,
     Learner,
     ModelShape,
+    Told,
     Trainable,
     read_trained,
     write_trained,
@@ -26,7 +27,8 @@ from foveate.hf.attach import attach
 from foveate.registry import Card, create, find, lookup
 from foveate.tasks.train import fit
 
-Progress = Callable[[str, int, int], None]
+# Tokens on which a learner tries things out when its steps are done.
+_PROBE = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def train(
     *,
     steps: int = 200,
     lr: float = 1e-3,
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> Training:
     """Train a mechanism's learned part on texts of one task each, (windows, tokens) of token ids.
 
@@ -60,9 +62,9 @@ def train(
     are left as they are. progress(stage, done, total) hears how far it is. A layer that stands for
     several of a model (it has a `depth`) learns to give what those in its middle give, as
     `teach` says. Raises TypeError for a mechanism that learns nothing, ValueError for texts without
-    a second token.
+    a second token and for too few steps: only what calibrates itself is of use after none.
     """
-    check_trainable(mechanism)
+    check_trainable(mechanism, steps)
     for ids in texts:
         if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
             raise ValueError(f"texts must be (windows, tokens >= 2) each, got {tuple(ids.shape)}")
@@ -76,36 +78,55 @@ def train(
     place = InTraining(learner=learner, dense_layers=dense)
     windows = [(task, row[None]) for task, ids in enumerate(texts) for row in ids]
 
+    known: list[Tensor] = []
+
     def loss(step: int) -> Tensor:
         """Of one step: through the model, or from the notes."""
-        task, ids = step % len(texts), None
-        text = None
+        task, text = step % len(texts), None
         if learner.through_model:
-            own = [x for t, x in windows if t == task]
-            ids = own[step // len(texts) % len(own)]
-            text = text_loss(model, ids)
+            own = [i for i, (t, _) in enumerate(windows) if t == task]
+            at = own[step // len(texts) % len(own)]
+            own_states = known[at] if learner.distil else None
+            text = text_loss(model, windows[at][1], own_states, learner.distil)
         return learner.loss(step / steps, text, task)
 
+    def hidden(ids: Tensor) -> Tensor:
+        """The model's last hidden states."""
+        with torch.no_grad():
+            states: Tensor = body(model)(ids, use_cache=False).last_hidden_state
+        return states
+
     with _frozen(model), attach(model, prefill=place):
-        if not learner.through_model:
+        if not learner.through_model or mechanism.calibrates:
             for i, (_, ids) in enumerate(windows):
-                with torch.no_grad():
-                    body(model)(ids, use_cache=False)
+                states = hidden(ids)
+                known += [states] if learner.distil else []
                 tell("watching the model", i + 1, len(windows))
-        losses = fit(
-            learner.parameters(),
-            loss,
-            steps=steps,
-            lr=lr,
-            weight_decay=0.0,
-            seen=lambda step, value: tell(f"training, loss {value:.3g}", step + 1, steps),
-        )
+            learner.watched()
+        losses = _fitted(learner.parameters(), loss, steps, lr, tell) if steps else []
+        learner.finish(lambda: hidden(windows[0][1][:, :_PROBE]), tell)
     return Training(mechanism, learner, shape, losses)
 
 
-def teach(
-    model: Any, layer: Any, ids: Tensor, *, steps: int, lr: float, tell: Progress
+def _fitted(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    tell: Told,
 ) -> list[float]:
+    """Losses of the steps that minimise a loss, told as they come."""
+    return fit(
+        parameters,
+        loss,
+        steps=steps,
+        lr=lr,
+        weight_decay=0.0,
+        seen=lambda step, value: tell(f"training, loss {value:.3g}", step + 1, steps),
+    )
+
+
+def teach(model: Any, layer: Any, ids: Tensor, *, steps: int, lr: float, tell: Told) -> list[float]:
     """Train a layer of some `depth` to do what as many layers in the middle of a model do.
 
     ids are (windows, tokens). The loss is the squared distance to the hidden states that the
@@ -131,14 +152,7 @@ def teach(
         missed, way = (layer(x) - want).square().sum(-1), (x - want).square().sum(-1)
         return (missed / way).mean()
 
-    return fit(
-        layer.parameters(),
-        loss,
-        steps=steps,
-        lr=lr,
-        weight_decay=0.0,
-        seen=lambda step, value: tell(f"training, loss {value:.3g}", step + 1, steps),
-    )
+    return _fitted(layer.parameters(), loss, steps, lr, tell)
 
 
 def load_layer(path: Path | str, mechanism: str) -> nn.Module:
@@ -152,12 +166,15 @@ def load_layer(path: Path | str, mechanism: str) -> nn.Module:
     return layer
 
 
-def check_trainable(mechanism: Any) -> None:
-    """Refuse a mechanism that learns nothing."""
+def check_trainable(mechanism: Any, steps: int) -> None:
+    """Refuse a mechanism that learns nothing, or nothing in so few steps."""
     if not _learns(type(mechanism)):
         known = [c.name for c in find() if _learns(lookup(c.name))]
         name = getattr(getattr(mechanism, "card", None), "name", repr(mechanism))
         raise TypeError(f"{name} has nothing to train; known: {', '.join(known)}")
+    least = 0 if getattr(mechanism, "calibrates", False) else 1
+    if steps < least:
+        raise ValueError(f"{mechanism.card.name} needs at least {least} steps, got {steps}")
 
 
 def _learns(cls: Any) -> bool:
@@ -165,11 +182,20 @@ def _learns(cls: Any) -> bool:
     return issubclass(cls, Trainable) or hasattr(cls, "depth")
 
 
-def text_loss(model: Any, ids: Tensor) -> Tensor:
-    """The model's mean loss on the next tokens of ids (B, T)."""
+def text_loss(model: Any, ids: Tensor, known: Tensor | None = None, distil: float = 0.0) -> Tensor:
+    """The model's mean loss on the next tokens of ids (B, T).
+
+    The share `distil` of it is the KL divergence from what the model itself predicts, whose last
+    hidden states are `known` (B, T, width).
+    """
     hidden = body(model)(ids[:, :-1], use_cache=False).last_hidden_state
     logits = head_logits(model, hidden.flatten(0, 1))
-    return cross_entropy(logits, ids[:, 1:].flatten())
+    loss = cross_entropy(logits, ids[:, 1:].flatten())
+    if known is None:
+        return loss
+    wanted = log_softmax(head_logits(model, known[:, :-1].flatten(0, 1)), -1)
+    away = kl_div(log_softmax(logits, -1), wanted, log_target=True, reduction="batchmean")
+    return (1 - distil) * loss + distil * away
 
 
 @torch.no_grad()

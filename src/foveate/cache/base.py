@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate import ops
+from foveate.attention._trained import Trainable
 from foveate.cache._slots import Slots
 from foveate.registry import Card
 
@@ -45,6 +46,11 @@ class CachePolicy:
     def read_densely(self) -> bool:
         """Whether only dense attention can read what is held, as it lies there."""
         return False
+
+    def check_layers(self, layers: int) -> None:
+        """ValueError when it was trained on a model with another number of layers."""
+        if isinstance(self, Trainable) and (found := self.read()) is not None:
+            found.check_model(found.shape._replace(layers=layers))
 
     def claimed_bytes(
         self,
@@ -232,8 +238,8 @@ class Store(CachePolicy):
         """Nothing else knows the form."""
         return True
 
-    def empty(self, k: Tensor, v: Tensor) -> Any:
-        """What is held of no tokens, made for keys and values like k and v."""
+    def empty(self, k: Tensor, v: Tensor, *, layer: int) -> Any:
+        """What a layer holds of no tokens, made for keys and values like k and v."""
         raise NotImplementedError
 
     def extended(self, held: Any, k: Tensor, v: Tensor) -> Any:

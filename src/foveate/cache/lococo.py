@@ -67,6 +67,16 @@ class LoCoCo(Trainable, Bounded):
                 f"local must be at least 0 and at most the {self.budget - self.mixed} slots of "
                 f"heavy hitters, got {self.local}"
             )
+        if (found := self.read()) is not None:
+            mine = {name: getattr(self, name) for name in ("budget", "keep_share", "kernel")}
+            found.check_options(**mine)
+            layers, wide = found.shape.layers, 2 * found.shape.dim
+            found.check_tensors(
+                "convolutions",
+                weight=(layers, self.mixed, wide, self.kernel),
+                bias=(layers, self.mixed),
+                blend=(layers,),
+            )
 
     @property
     def mixed(self) -> int:
@@ -101,12 +111,8 @@ class LoCoCo(Trainable, Bounded):
         held, found = row.keep(kept), self.read()
         if found is None or not self.mixed:
             return held
-        found.check_options(
-            **{name: getattr(self, name) for name in ("budget", "keep_share", "kernel")}
-        )
         k, v = (row.padded(name) for name in "kv")
-        mine = found.shape._replace(kv_heads=k.shape[0], dim=k.shape[2])
-        found.check_model(mine._replace(layers=max(mine.layers, layer + 1)))
+        found.check_model(found.shape._replace(kv_heads=k.shape[0], dim=k.shape[2]))
         part = {name: x[layer] for name, x in found.weights.items()}
         mixed = self.blended(k.float(), v.float(), scores, kept, part)
         for name, x in zip("kv", mixed, strict=True):

@@ -79,7 +79,7 @@ class SAQ(Store):
                 f"bits must fall from 16 through some of {BITS[::-1]}, like 16/4, got {self.bits}"
             )
 
-    def empty(self, k: Tensor, v: Tensor) -> Stairs:
+    def empty(self, k: Tensor, v: Tensor, *, layer: int) -> Stairs:
         """Nothing held, of keys and values like k and v (1, Hkv, n, ·)."""
         none = k[:, :, :0], v[:, :, :0]
         return Stairs(none, (None,) * (len(self.bits) - 1), none)

@@ -28,7 +28,9 @@ def train(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens read of each text.")] = 16_384,
     window: Annotated[int, typer.Option(help="Tokens of one pass through the model.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 200,
+    steps: Annotated[
+        int, typer.Option(help="Steps of training; 0: what a mechanism calibrates, that alone.")
+    ] = 200,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
 ) -> None:
     """Train a mechanism's learned part (a gate, a router), or a layer, on a frozen model."""
@@ -38,12 +40,9 @@ def train(
     from foveate.hf.text import builtin_text, encode, read_text
 
     made = registry.create(mechanism)
-    training.check_trainable(made)
-    if window < 2 or tokens < window or steps < 1:
-        raise ValueError(
-            f"want --window >= 2, --tokens >= --window and --steps >= 1, "
-            f"got {window}, {tokens} and {steps}"
-        )
+    training.check_trainable(made, steps)
+    if window < 2 or tokens < window:
+        raise ValueError(f"want --window >= 2 and --tokens >= --window, got {window} and {tokens}")
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"--out {file}: give a file in a directory that exists")
     contents = [read_text(path) for path in texts or []] or [builtin_text()]
@@ -72,7 +71,9 @@ def train(
             ),
         )
     result.write(file)
-    tell(f"trained: loss {result.losses[0]:.4g} -> {result.losses[-1]:.4g}, kept in {file}")
+    ends = result.losses[:1] + result.losses[-1:]
+    done = f"trained: loss {ends[0]:.4g} -> {ends[1]:.4g}" if ends else "calibrated"
+    tell(f"{done}, kept in {file}")
     if made.card.kind == "module":
         use = f'foveate.bench.train.load_layer("{file}", "{made.card.name}")'
     else:

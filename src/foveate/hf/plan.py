@@ -97,7 +97,10 @@ def attention_plan(slot: str, value: Any, layers: int) -> list[Attention | None]
 
 def cache_plan(value: Any, layers: int) -> list[CachePolicy | None]:
     """A policy (or None: store everything) for each layer."""
-    return [_policy(x) for x in _spread("cache", value, layers)]
+    plan = [_policy(x) for x in _spread("cache", value, layers)]
+    for policy in {id(x): x for x in plan if x is not None}.values():
+        policy.check_layers(layers)
+    return plan
 
 
 def _spread(slot: str, value: Any, layers: int) -> list[Any]:

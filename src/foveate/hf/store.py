@@ -58,7 +58,7 @@ class StoreLayer(PolicyLayer):
         if self._new is None:
             return
         own = [self._own(b) for b in range(q.shape[0])]
-        held = self.rows or [self.policy.empty(*pair) for pair in own]
+        held = self.rows or [self.policy.empty(*pair, layer=at) for pair in own]
         self.rows = [self.policy.extended(row, *pair) for row, pair in zip(held, own, strict=True)]
         self._new = None
 

@@ -24,6 +24,7 @@ from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, si
 from foveate.ops.merge import merge
 from foveate.ops.mix import mix
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
+from foveate.ops.orthogonal import cayley, moments, principal_axes
 from foveate.ops.prefix_softmax import prefix_softmax_gate
 from foveate.ops.quantize import Quantized, dequantize, quantize, quantized_bytes
 from foveate.ops.rope import rope, unrope
@@ -50,6 +51,7 @@ __all__ = [
     "block_sparse",
     "causal",
     "causal_map",
+    "cayley",
     "check_block",
     "check_qkv",
     "dense",
@@ -69,10 +71,12 @@ __all__ = [
     "linear_attention_global",
     "merge",
     "mix",
+    "moments",
     "neighborhood",
     "padding",
     "pool_blocks",
     "prefix_softmax_gate",
+    "principal_axes",
     "quantize",
     "quantized_bytes",
     "radial",

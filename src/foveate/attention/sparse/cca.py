@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -78,7 +77,9 @@ class CCA(Trainable, Attention):
         if held is not None:
             cores = ("group", "window", "core_rope", "count_bias")
             held.check_options(**{name: getattr(self, name) for name in cores})
-            _check_weights(held.path, held.weights, held.shape)
+            shape = held.shape
+            turn = (shape.layers, shape.q_heads, shape.dim, shape.dim)
+            held.check_tensors("tuned queries", turn=turn)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Attention of the tuned queries."""
@@ -217,14 +218,6 @@ def _turned(q: Tensor, turn: Tensor, k_len: int, call: Call) -> Tensor:
         return q @ turn.to(q.dtype)
     cos, sin = (x[:, -q.shape[2] :] for x in tables)
     return ops.rope(ops.unrope(q, cos, sin) @ turn.to(q.dtype), cos, sin)
-
-
-def _check_weights(path: str, weights: Mapping[str, Tensor], shape: ModelShape) -> None:
-    """Refuse a file whose tensors are not those of tuned queries for its model."""
-    want = (shape.layers, shape.q_heads, shape.dim, shape.dim)
-    got = {name: tuple(x.shape) for name, x in weights.items()}
-    if got != {"turn": want}:
-        raise ValueError(f"{path} holds no tuned queries: wanted a tensor turn {want}, got {got}")
 
 
 class Tuned(Learner):

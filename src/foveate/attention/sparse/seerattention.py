@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,7 +65,9 @@ class SeerAttention(BlockSparse, Trainable):
         held = self.read()
         if held is not None:
             held.check_options(block=self.block)
-            _check_weights(held.path, held.weights, held.shape)
+            shape = held.shape
+            key = (shape.layers, shape.q_heads, 3 * shape.dim, shape.dim)
+            held.check_tensors("gate", key=key)
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, call: Call) -> BlockLayout | None:
@@ -142,14 +143,6 @@ def _means_only(heads: int, dim: int) -> Tensor:
     """Weights (heads, 3 D, D) that pass on the mean of a block."""
     own = torch.cat([torch.zeros(2 * dim, dim), torch.eye(dim)])
     return own.expand(heads, -1, -1)
-
-
-def _check_weights(path: str, weights: Mapping[str, Tensor], shape: ModelShape) -> None:
-    """Refuse a file whose tensors are not those of a gate for its model."""
-    want = (shape.layers, shape.q_heads, 3 * shape.dim, shape.dim)
-    got = {name: tuple(x.shape) for name, x in weights.items()}
-    if got != {"key": want}:
-        raise ValueError(f"{path} holds no gate: wanted a tensor key {want}, got {got}")
 
 
 class Distilled(Learner):
