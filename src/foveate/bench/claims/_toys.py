@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from foveate.attention.base import Attention, Call
 from foveate.bench.claims import Outcome
+from foveate.hf.text import builtin_text
 from foveate.nn._attention import AttentionLayer
 from foveate.ops import Mask
 from foveate.tasks.mqar import Batch, mqar
@@ -119,3 +121,61 @@ def judged(figures: dict[str, float], holds: bool, best: float) -> Outcome:
     if best < 0.5:
         return Outcome(figures, None, "no model learned to recall in so few steps")
     return Outcome(figures, holds)
+
+
+# Bytes of the built-in text that no language model is trained on.
+_HELD_OUT = 1 << 16
+
+
+def speaker(
+    layer: Callable[[int], nn.Module],
+    *,
+    dim: int = 64,
+    layers: int = 4,
+    length: int = 64,
+    steps: int = 300,
+    lr: float = 3e-3,
+) -> nn.Module:
+    """A language model of bytes, made from the same random numbers, trained on the built-in text.
+
+    layer(i) makes the attention of layer i; each step is of 8 rows of `length` bytes.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(256, dim),
+            *(Residual(x, dim) for i in range(layers) for x in (layer(i), _mlp(dim))),
+            nn.RMSNorm(dim),
+            nn.Linear(dim, 256),
+        )
+    seen = _bytes()[_HELD_OUT:]
+
+    def loss(step: int) -> Tensor:
+        made = torch.Generator().manual_seed(step)
+        at = torch.randint(len(seen) - length, (8, 1), generator=made)
+        return _next_byte_loss(model, seen[at + torch.arange(length + 1)])
+
+    fit(model.parameters(), loss, steps=steps, lr=lr)
+    return model.eval()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, length: int) -> float:
+    """Nats a byte of a language model on 16,384 bytes that it was not trained on."""
+    rows = _bytes()[: 1 << 14].view(-1, length)
+    parts = rows.split(max(1, 4096 // length))
+    total = sum(float(_next_byte_loss(model, part)) * len(part) for part in parts)
+    return total / len(rows)
+
+
+def _mlp(dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+
+
+def _bytes() -> Tensor:
+    """The built-in text (n,)."""
+    return torch.frombuffer(bytearray(builtin_text().encode()), dtype=torch.uint8).long()
+
+
+def _next_byte_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    return cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
