@@ -10,17 +10,24 @@ _DIM, _HEADS, _LAYERS, _SHORT, _LONG = 64, 4, 4, 64, 512
 
 
 def measure() -> Outcome:
-    """Loss (nats a byte) of a small language model on held-out text, by length."""
+    """Loss (nats a byte) of small language models on held-out text, by length."""
     figures: dict[str, float] = {}
     for name, slope in (("rotation alone", 0.0), ("rotation and penalty", 1.0)):
-        mechanism = RopeALiBi(slope=slope)
-        model = speaker(
-            lambda index, mechanism=mechanism: Attending(mechanism, index, _LAYERS, _DIM, _HEADS)
+        for length, loss in _losses(slope).items():
+            figures[f"loss, {name}, {length}"] = loss
+    alone, long, short = (
+        figures[f"loss, {name}"]
+        for name in (
+            f"rotation alone, {_LONG}",
+            f"rotation and penalty, {_LONG}",
+            f"rotation and penalty, {_SHORT}",
         )
-        for length in (_SHORT, _LONG):
-            figures[f"loss, {name}, {length}"] = held_out_loss(model, length)
-    with_penalty, alone = (
-        figures[f"loss, {name}, {_LONG}"] for name in ("rotation and penalty", "rotation alone")
     )
-    short = figures[f"loss, rotation and penalty, {_SHORT}"]
-    return Outcome(figures, with_penalty < alone and with_penalty <= short)
+    return Outcome(figures, long < alone and long <= short)
+
+
+def _losses(slope: float) -> dict[int, float]:
+    """By length, of a model trained on short rows with a slope."""
+    mechanism = RopeALiBi(slope=slope)
+    model = speaker(lambda i: Attending(mechanism, i, _LAYERS, _DIM, _HEADS), length=_SHORT)
+    return {length: held_out_loss(model, length) for length in (_SHORT, _LONG)}
