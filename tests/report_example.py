@@ -10,8 +10,9 @@ from typing import Any
 BLOCKS = 64
 DEPTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
 REPEATS = 5
+LENGTHS = [1024, 2048, 4096]
+# Seconds at the longest.
 DENSE_PREFILL, DENSE_DECODE, DECODED = 11.8, 4.9, 64
-DENSE_BYTES = 2 * 30 * 3 * 64 * 4 * (4096 + DECODED)
 
 # title, year, paper, choice is causal
 PAPERS: dict[str, tuple[str, int | None, int | None, bool]] = {
@@ -71,13 +72,13 @@ PARETO = {"dense", "flexprefill", "sink_window", "decode=tidal"}
 
 
 def example_results() -> dict[str, Any]:
-    """A complete run of nine mechanisms; the same numbers every time."""
+    """A complete run of nine mechanisms at three lengths; the same numbers every time."""
     chance = random.Random(0)
     mechanisms = [_mechanism(spec) for spec in PAPERS]
-    measurements = [m for spec in PAPERS for m in _measurements(spec, chance)]
+    measurements = [m for n in LENGTHS for spec in PAPERS for m in _measurements(spec, n, chance)]
     python = mechanisms[1]["python"]
     return {
-        "schema": "foveate.compare/1",
+        "schema": "foveate.compare/2",
         "created": "2026-11-21T21:58:03+00:00",
         "updated": "2026-11-21T22:49:41+00:00",
         "complete": True,
@@ -88,7 +89,7 @@ def example_results() -> dict[str, Any]:
             "model": "SmolLM2-135M-Instruct",
             "text": "pydoc_data.topics",
             "text_sha256": "9f2b6c1e" * 8,
-            "tokens": 4096,
+            "lengths": LENGTHS,
             "decode_tokens": DECODED,
             "repeats": REPEATS,
             "scored": 256,
@@ -163,17 +164,18 @@ def _mechanism(spec: str) -> dict[str, Any]:
     }
 
 
-def _measurements(spec: str, chance: random.Random) -> list[dict[str, Any]]:
-    timings = [] if spec == "dense" else [_timing(spec, i, chance) for i in range(REPEATS)]
+def _measurements(spec: str, tokens: int, chance: random.Random) -> list[dict[str, Any]]:
+    timings = [] if spec == "dense" else [_timing(spec, tokens, i, chance) for i in range(REPEATS)]
     lost = int(FIGURES[spec][9])
     needles = [_needle(spec, depth, i >= lost, chance) for i, depth in enumerate(DEPTHS)]
-    maps = [] if spec == "cache=rotate_kv:bits=4" else [_map(spec, chance)]
-    return [*timings, _quality(spec), *needles, *maps]
+    mapped = tokens == LENGTHS[-1] and spec != "cache=rotate_kv:bits=4"
+    found = [*timings, _quality(spec, tokens), *needles, *([_map(spec, chance)] if mapped else [])]
+    return [m | {"tokens": tokens} for m in found]
 
 
-def _timing(spec: str, repeat: int, chance: random.Random) -> dict[str, Any]:
+def _timing(spec: str, tokens: int, repeat: int, chance: random.Random) -> dict[str, Any]:
     def noisy(seconds: float) -> float:
-        return seconds * chance.gauss(1, 0.025)
+        return seconds * tokens / LENGTHS[-1] * chance.gauss(1, 0.025)
 
     prefill, decode = FIGURES[spec][:2]
     return {
@@ -188,9 +190,10 @@ def _timing(spec: str, repeat: int, chance: random.Random) -> dict[str, Any]:
     }
 
 
-def _quality(spec: str) -> dict[str, Any]:
+def _quality(spec: str, tokens: int) -> dict[str, Any]:
     _, _, prefill_kl, decode_kl, lost, change, density, mass, kept, _ = FIGURES[spec]
     slot = _slot(spec)[0]
+    dense_bytes = 2 * 30 * 3 * 64 * 4 * (tokens + DECODED)
 
     def phase(perplexity: float, kl: float, positions: int) -> dict[str, Any]:
         acts = kl > 0
@@ -212,8 +215,9 @@ def _quality(spec: str) -> dict[str, Any]:
         "spec": spec,
         "prefill": phase(11.42, prefill_kl, 256),
         "decode": phase(9.87, decode_kl, DECODED),
-        "kv_bytes": round(DENSE_BYTES * kept),
-        "dense_kv_bytes": DENSE_BYTES,
+        "kv_bytes": round(dense_bytes * kept),
+        "dense_kv_bytes": dense_bytes,
+        "peak_kv_bytes": round(dense_bytes * min(kept + 0.05, 1)),
         "density": in_its_phase(density),
         "retained_mass": in_its_phase(mass),
     }
@@ -265,6 +269,18 @@ def _ratio(dense: list[float], own: list[float]) -> dict[str, float]:
 
 
 def _summary(spec: str, measurements: list[dict[str, Any]]) -> dict[str, Any]:
+    by_length = [_figures(spec, n, [m for m in measurements if m["tokens"] == n]) for n in LENGTHS]
+    return {
+        "spec": spec,
+        **by_length[-1],
+        "by_length": by_length,
+        "pareto": spec in PARETO,
+        "winner": spec == "flexprefill",
+        "notes": [] if PAPERS[spec][3] else ["choice sees later tokens: judge by KL and needles"],
+    }
+
+
+def _figures(spec: str, tokens: int, measurements: list[dict[str, Any]]) -> dict[str, Any]:
     own, paired = ("dense_", None) if spec == "dense" else ("", spec)
     timings = [m for m in measurements if m["kind"] == "timing" and paired in (None, m["spec"])]
     prefill = [t[f"{own}prefill_seconds"] for t in timings]
@@ -276,9 +292,8 @@ def _summary(spec: str, measurements: list[dict[str, Any]]) -> dict[str, Any]:
     quality = next(m for m in measurements if m["kind"] == "quality" and m["spec"] == spec)
     dense = next(m for m in measurements if m["kind"] == "quality")
     needles = [m for m in measurements if m["kind"] == "needle" and m["spec"] == spec]
-    causal = PAPERS[spec][3]
     return {
-        "spec": spec,
+        "tokens": tokens,
         "prefill_seconds": _spread(prefill),
         "prefill_speedup": _ratio(dense_prefill, prefill),
         "decode_tokens_per_second": _spread([DECODED / s for s in decode]),
@@ -286,6 +301,8 @@ def _summary(spec: str, measurements: list[dict[str, Any]]) -> dict[str, Any]:
         "end_to_end_speedup": _ratio(dense_total, total),
         "kv_bytes": quality["kv_bytes"],
         "kv_ratio": quality["kv_bytes"] / quality["dense_kv_bytes"],
+        "kv_bytes_per_token": quality["kv_bytes"] / (tokens + DECODED),
+        "peak_kv_bytes": quality["peak_kv_bytes"],
         "density": quality["density"],
         "retained_mass": quality["retained_mass"],
         **{
@@ -300,7 +317,4 @@ def _summary(spec: str, measurements: list[dict[str, Any]]) -> dict[str, Any]:
             "accuracy": sum(n["hit"] for n in needles) / len(needles),
             "by_depth": [[n["depth"], int(n["hit"])] for n in needles],
         },
-        "pareto": spec in PARETO,
-        "winner": spec == "flexprefill",
-        "notes": [] if causal else ["choice sees later tokens: judge by KL and needles"],
     }

@@ -10,6 +10,7 @@ import torch
 
 from foveate import native, ops
 from foveate.bench.kernels import benches, inputs, race, rivals, run, trial
+from foveate.bench.lengths import lengths_of
 from foveate.report import kernels as page
 from foveate.report import kernels_rows
 
@@ -123,7 +124,8 @@ def test_bad_options_are_refused_before_anything_is_written(option, said, call, 
 
 
 def test_lengths_are_read():
-    assert run.lengths_of("512, 4k,1K") == (512, 4096, 1024) and run.lengths_of("") == ()
+    assert lengths_of("512, 4k,1K", "--sizes") == (512, 4096, 1024)
+    assert lengths_of("", "--sizes") == ()
 
 
 # --- the page --------------------------------------------------------------------------------

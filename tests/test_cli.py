@@ -35,12 +35,12 @@ def results(folder):
 
 
 def test_compare_measures_and_writes_the_report(run, tiny_model_dir, tmp_path):
-    code, out, _ = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path / "new")
+    code, out, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path / "new")
     assert code == 0
     data = results(tmp_path / "new")
-    assert data["complete"] and data["schema"] == "foveate.compare/1"
+    assert data["complete"] and data["schema"] == "foveate.compare/2"
     assert [m["spec"] for m in data["mechanisms"]] == ["dense", SMALL[-1].removeprefix("--with=")]
-    assert "sink_window" in out and "report.html" in out
+    assert "sink_window" in out and "report.html" in err and "its peak" not in out
     maps = {m["spec"]: m["map"] for m in data["measurements"] if m["kind"] == "map"}
     assert list(maps) == data["settings"]["specs"] and maps["dense"][1][:3] == [1.0, 1.0, None]
     page = (tmp_path / "new" / "report.html").read_text()
@@ -60,10 +60,10 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(
 ):
     measure = bench_compare.Comparison._measure_round
 
-    def interrupted(self, repeat, specs):
+    def interrupted(self, tokens, repeat, specs):
         if repeat == 1:
             raise KeyboardInterrupt
-        measure(self, repeat, specs)
+        measure(self, tokens, repeat, specs)
 
     monkeypatch.setattr(bench_compare.Comparison, "_measure_round", interrupted)
     code, _, err = run("compare", tiny_model_dir, *SMALL, "--out", tmp_path)
@@ -76,6 +76,38 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(
     done = results(tmp_path)
     assert code == 0 and "resuming" in err and done["complete"]
     assert done["measurements"][: len(kept["measurements"])] == kept["measurements"]
+
+
+def test_every_length_is_measured_and_more_can_follow(run, tiny_model_dir, tmp_path):
+    options = [*SMALL[1:-1], "--with=cache=window:budget=16,sinks=2", "--out", tmp_path]
+    code, out, _ = run("compare", tiny_model_dir, "--tokens=128,96", *options)
+    first = results(tmp_path)
+    assert code == 0 and first["complete"] and first["settings"]["lengths"] == [96, 128]
+    assert "its peak" in out
+    for kind, count in {"quality": 4, "timing": 8, "needle": 4, "map": 2}.items():
+        found = [m["tokens"] for m in first["measurements"] if m["kind"] == kind]
+        assert len(found) == count and set(found) == ({128} if kind == "map" else {96, 128})
+    dense, window = first["summary"]
+    assert [x["tokens"] for x in window["by_length"]] == [96, 128] and window["tokens"] == 128
+    assert (
+        window["kv_bytes"] < dense["kv_bytes"] / 4 and window["peak_kv_bytes"] > window["kv_bytes"]
+    )
+    code, _, err = run("compare", tiny_model_dir, "--tokens=96,128,160", *options)
+    grown = results(tmp_path)
+    assert code == 0 and "resuming" in err and grown["complete"]
+    assert grown["measurements"][: len(first["measurements"])] == first["measurements"]
+    assert {m["tokens"] for m in grown["measurements"]} == {96, 128, 160}
+    assert "128" in (tmp_path / "report.html").read_text()
+
+
+def test_markdown_prints_the_table_alone(run, tiny_model_dir, tmp_path):
+    code, out, err = run("compare", tiny_model_dir, *SMALL, "--markdown", "--out", tmp_path)
+    lines = out.strip().splitlines()
+    assert code == 0 and lines[0].startswith("96 tokens, 4 decoded") and "report.html" in err
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+        "`dense`",
+        f"`{SMALL[-1].removeprefix('--with=')}`",
+    ]
 
 
 def test_a_true_ctrl_c_ends_with_130_and_no_traceback(tiny_model_dir, tmp_path):
@@ -144,6 +176,10 @@ def test_a_file_that_is_no_results_file_is_not_overwritten(run, tiny_model_dir, 
         (["--with=prefill=tidal"], "cannot fill the slot prefill"),
         (["--with=tidal+decode=recycled"], "twice"),
         (["--tokens=0"], "tokens must be at least 1"),
+        (["--tokens=1k,x"], "--tokens: 'x' is no length"),
+        (["--tokens="], "at least one"),
+        (["--needle-tokens=0"], "needle_tokens must be at least 1"),
+        (["--tokens=96", "--needle-tokens=9"], "a needle prompt needs more than"),
         (["--repeats=0"], "repeats must be at least 1"),
         (["--threads=0"], "at least 1"),
     ],
@@ -196,7 +232,7 @@ def test_an_encoder_is_refused(run, tmp_path):
 def test_tokens_beyond_the_context_need_allow_long(run, tiny_model_dir, tmp_path):
     long = ["--tokens=600", *SMALL[1:]]
     code, _, err = run("compare", tiny_model_dir, *long, "--out", tmp_path)
-    assert code == 2 and "context of 512" in err and "--allow-long" in err
+    assert code == 2 and "context of 512" in err and "--allow-long" in err and "504" in err
     code, _, err = run("compare", tiny_model_dir, *long, "--allow-long", "--out", tmp_path)
     assert code == 0 and "warning" in err and results(tmp_path)["complete"]
 

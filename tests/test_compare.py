@@ -8,9 +8,10 @@ import torch
 from foveate.attention.base import Call, Record
 from foveate.bench import needles
 from foveate.bench.maps import block_map
-from foveate.bench.runs import Recording, divergence, perplexity, run
+from foveate.bench.runs import Recording, answer, divergence, perplexity, run
 from foveate.bench.store import Results
 from foveate.bench.summary import summarise
+from foveate.cache.snapkv import SnapKV
 from foveate.ops import causal_map, from_map, full_layout
 from foveate.registry import create
 
@@ -57,6 +58,46 @@ def test_what_an_eviction_leaves_multiplies_what_decoding_reads(tiny_llama):
     assert record.mean("density", "prefill") is None
     assert record.mean("density", "decode") == pytest.approx(10 / 40)
     assert done.kv_bytes < run(tiny_llama, {}, ids[:, :40], ids[:, 40:]).kv_bytes / 3
+
+
+def test_the_peak_of_a_cache_counts_what_attention_reads_and_the_end_does_not(tiny_llama):
+    ids = torch.randint(3, 128, (1, 44), generator=torch.Generator().manual_seed(0))
+    config = tiny_llama.config
+    token = 2 * 4 * config.num_key_value_heads * config.head_dim  # bytes of one in one layer
+
+    def watched(**slots):
+        return run(tiny_llama, slots, ids[:, :40], ids[:, 40:], Recording(-1, 0))
+
+    assert run(tiny_llama, {}, ids[:, :40], ids[:, 40:]).peak_kv_bytes is None
+    assert watched().peak_kv_bytes == watched().kv_bytes == token * 44 * 2
+    # The second layer's prompt is whole while ten slots are left of the first one's.
+    assert watched(cache="window:budget=10,sinks=2").peak_kv_bytes == token * (40 + 10)
+    # Codes are unpacked for one layer at a time.
+    coded = watched(cache="rotate_kv:bits=4,group=8")
+    assert coded.peak_kv_bytes - coded.kv_bytes == pytest.approx(token * 44, rel=0.03)
+
+
+def test_a_question_held_back_changes_nothing_without_a_policy(tiny_llama):
+    prompt = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
+    whole = answer(tiny_llama, {}, prompt, 6)
+    assert whole == answer(tiny_llama, {}, prompt, 6, held_back=7) and len(whole) == 6
+    with torch.no_grad():
+        expected = tiny_llama.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    assert whole == expected[0, 40:].tolist()
+
+
+def test_a_policy_has_compressed_before_the_question_comes(tiny_llama, monkeypatch):
+    seen, score = [], SnapKV.score
+
+    def watched(self, q, k, notes, *, scale):
+        seen.append((q.shape[2], k.shape[2]))
+        return score(self, q, k, notes, scale=scale)
+
+    monkeypatch.setattr(SnapKV, "score", watched)
+    prompt = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
+    slots = {"cache": "snapkv:budget=12,window=4,pool=3"}
+    answer(tiny_llama, slots, prompt, 2, held_back=7)
+    assert seen[0] == (33, 33)
 
 
 def test_recorded_mass_is_the_dense_mass_on_what_was_read():
@@ -108,10 +149,12 @@ def made_up(tmp_path, rows):
     """Results of made-up measurements: spec -> (prefill seconds, perplexity, kl, needle)."""
     specs = list(rows)
     data = {
-        "schema": "foveate.compare/1",
+        "schema": "foveate.compare/2",
         "created": "2026-01-01T00:00:00+00:00",
         "settings": {
             "specs": specs,
+            "lengths": [100],
+            "decode_tokens": 8,
             "repeats": 1,
             "needle_depths": [0.5],
             "max_loss": 1.0,
@@ -127,12 +170,14 @@ def made_up(tmp_path, rows):
         times = {"prefill_seconds": seconds, "dense_prefill_seconds": 10.0}
         times |= {"decode_seconds": 1.0, "dense_decode_seconds": 1.0, "decode_tokens": 8}
         nothing = {"prefill": None, "decode": None}
-        results.add({"kind": "timing", "spec": spec, "repeat": 0} | times)
+        of = {"spec": spec, "tokens": 100}
+        results.add({"kind": "timing", "repeat": 0} | of | times)
         results.add(
-            {"kind": "quality", "spec": spec, "prefill": judged, "decode": judged}
-            | {"kv_bytes": 50, "dense_kv_bytes": 100, "density": nothing, "retained_mass": nothing}
+            {"kind": "quality", "prefill": judged, "decode": judged, "peak_kv_bytes": 70}
+            | of
+            | {"kv_bytes": 54, "dense_kv_bytes": 108, "density": nothing, "retained_mass": nothing}
         )
-        results.add({"kind": "needle", "spec": spec, "depth": 0.5, "hit": hit})
+        results.add({"kind": "needle", "depth": 0.5, "hit": hit} | of)
     summarise(results)
     return results.data
 
@@ -159,6 +204,8 @@ def test_the_winner_is_the_fastest_that_keeps_the_quality(tmp_path):
     assert good["prefill_speedup"]["median"] == 2.0 and good["kv_ratio"] == 0.5
     assert good["end_to_end_speedup"]["median"] == pytest.approx(11 / 6)
     assert good["prefill_quality"]["perplexity_change"] == pytest.approx(100 * (12.1 / 12 - 1))
+    assert good["kv_bytes_per_token"] == 0.5 and good["peak_kv_bytes"] == 70
+    assert good["by_length"] == [{k: good[k] for k in good["by_length"][0]}]
 
 
 def test_dense_wins_when_nothing_is_faster_within_the_loss(tmp_path):
@@ -177,7 +224,7 @@ def test_a_mechanism_that_sees_later_tokens_is_marked(tmp_path):
 def test_a_plan_that_changed_under_its_name_is_measured_again(tmp_path):
     def opened(plan):
         entries = [{"spec": "dense", "plan_sha256": None}, {"spec": "p", "plan_sha256": plan}]
-        data = {"schema": "foveate.compare/1", "created": "", "settings": {}}
+        data = {"schema": "foveate.compare/2", "created": "", "settings": {}}
         return Results.open(tmp_path, data | {"mechanisms": entries})
 
     first = opened("a")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from foveate.report import answer, compare, figures, numbers, records, table
+from foveate.report import answer, compare, decoding, figures, numbers, records, table
 from report_example import example_results, interrupted_results
 
 HOSTILE = "</script><script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
@@ -108,8 +108,9 @@ def test_an_interrupted_run_says_what_is_missing(kept: int) -> None:
     assert "No answer yet" in page
     assert {row.cells[0].text for row in table.rows(results)} == {numbers.MISSING}
     missing = dict(answer.missing(results))
-    assert missing["cache=rotate_kv:bits=4"] == (
-        "timing (0 of 5 repeats), quality, needles at 10%, 30%, 50%, 70%, 90%"
+    everything = "timing (0 of 5 repeats), quality, needles at 10%, 30%, 50%, 70%, 90%"
+    assert missing["cache=rotate_kv:bits=4"] == "; ".join(
+        f"at {tokens} tokens {everything}" for tokens in ("1,024", "2,048", "4,096")
     )
 
 
@@ -119,8 +120,12 @@ def test_a_partly_measured_mechanism_owes_only_the_rest() -> None:
         m
         for m in results["measurements"]
         if not (m["spec"] == "moba" and (m.get("repeat") == 4 or m.get("depth") == 0.3))
+        or m["tokens"] == 1024
     ]
-    assert answer.missing(results) == [("moba", "timing (4 of 5 repeats), needles at 30%")]
+    owed = "timing (4 of 5 repeats), needles at 30%"
+    assert answer.missing(results) == [("moba", f"at 2,048 tokens {owed}; at 4,096 tokens {owed}")]
+    results["settings"]["lengths"] = [4096]
+    assert answer.missing(results) == [("moba", owed)]
 
 
 def test_a_summary_of_nulls_shows_dashes() -> None:
@@ -291,6 +296,62 @@ def test_dense_times_come_from_its_paired_runs() -> None:
     assert len(figures.prefill_times(results, "moba")) == 5
 
 
+def test_every_chart_has_a_line_per_mechanism_and_a_value_per_length(page: str) -> None:
+    data = plot_data(page)
+    assert data["lengths"] == [1024, 2048, 4096]
+    assert [chart["title"] for chart in data["charts"]] == [c.title for c in decoding.CHARTS]
+    results = example_results()
+    for chart, drawn in zip(decoding.CHARTS, data["charts"], strict=True):
+        for record, line in zip(results["summary"], drawn["lines"], strict=True):
+            expected = [records.pick(x, *chart.column.path) for x in record["by_length"]]
+            assert line["values"] == expected and len(line["texts"]) == 3
+    per_token = next(c for c in data["charts"] if c["title"].startswith("Cache per token"))
+    snapkv = per_token["lines"][list(figures.styles(results)).index("cache=snapkv:budget=512")]
+    assert snapkv["texts"] == ["6.31 kB"] * 3
+    boxes = [attrs for tag, attrs in Page(page).elements if attrs.get("class") == "plot chart"]
+    assert len(boxes) == len(decoding.CHARTS) and all(box["aria-label"] for box in boxes)
+
+
+def test_one_length_needs_no_charts_but_the_table_is_there() -> None:
+    results = example_results()
+    results["settings"]["lengths"] = [4096]
+    page = compare.render(results)
+    assert plot_data(page)["charts"] == [] and "plot chart" not in page
+    lines = decoding.figures(results)
+    assert [tokens for tokens, _ in lines["moba"]] == [4096]
+    assert re.search(r"<details open>\s*<summary>The figures", page)
+
+
+def test_what_was_not_measured_at_a_length_is_a_gap() -> None:
+    results = example_results()
+    results["summary"][1]["by_length"][0] = {"tokens": 1024}
+    line = decoding.charts(results)[0]["lines"][1]
+    assert line["values"][0] is None and None not in line["values"][1:]
+    assert {cell.text for cell in decoding.figures(results)["flexprefill"][0][1]} == {"—"}
+    compare.render(results)
+
+
+def test_markdown_has_the_four_figures_that_decide_at_the_longest_length() -> None:
+    results = example_results()
+    results["summary"][7] |= {
+        "kv_bytes": 52_000_000,
+        "kv_ratio": 0.1372,
+        "decode_tokens_per_second": {"median": 16.41, "min": 16.0, "max": 17.0},
+        "decode_speedup": {"median": 1.257, "min": 1.2, "max": 1.3},
+        "decode_quality": {"perplexity": 10.1, "perplexity_change": 2.6, "kl": 0.05, "top1": 0.9},
+        "needle": {"accuracy": 0.6, "by_depth": [[0.1, 0], [0.5, 1], [0.9, 1]]},
+    }
+    text = decoding.markdown(results).splitlines()
+    assert text[0].startswith("4,096 tokens, 64 decoded after them; Intel Xeon")
+    head, rule, *lines = text[2:]
+    assert head.count("|") == rule.count("|") == 6 and len(lines) == 9
+    assert lines[7] == (
+        "| `cache=snapkv:budget=512` | 52.0 (13.7%) | 16.4 (1.26×) | 10.1 (+2.6%) | 2 of 3 |"
+    )
+    results["summary"] = []
+    assert decoding.markdown(results).splitlines()[-1].count("—") >= 4
+
+
 def test_maps_keep_skipped_and_invisible_apart() -> None:
     results = example_results()
     quality = [m for m in results["measurements"] if m["kind"] == "quality"]
@@ -299,6 +360,7 @@ def test_maps_keep_skipped_and_invisible_apart() -> None:
         {
             "kind": "map",
             "spec": "moba",
+            "tokens": 4096,
             "layer": 3,
             "head": 1,
             "phase": "prefill",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,17 @@ Step = Callable[[], None]
 class Settings:
     """What decides a comparison; two runs with equal settings can share measurements.
 
-    tokens: length of the prompt; decode_tokens: tokens of the text decoded after it; scored: last
-    positions of the prompt on which KL and top-1 are judged; needle_tokens: length of a needle
-    prompt; max_loss (percent of perplexity) and max_kl (nats) bound the winner's loss.
+    lengths: of the prompt, ascending: all is measured at each, the longest decides; decode_tokens:
+    tokens of the text decoded after it; scored: last positions of the prompt on which KL and top-1
+    are judged; needle_tokens: a needle prompt is as long as the prompt, at most this; max_loss
+    (percent of perplexity) and max_kl (nats) bound the winner's loss.
     """
 
     model: str
     text: str
     text_sha256: str
-    tokens: int = 4096
-    decode_tokens: int = 64
+    lengths: tuple[int, ...] = (4096,)
+    decode_tokens: int = 128
     repeats: int = 3
     scored: int = 256
     needle_depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -60,7 +63,11 @@ class Settings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "decode_tokens", "repeats", "scored", "needle_tokens"):
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"tokens must be ascending lengths, at least one, got {self.lengths}")
+        if self.lengths[0] < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.lengths[0]}")
+        for name in ("decode_tokens", "repeats", "scored", "needle_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if any(not 0 <= d <= 1 for d in self.needle_depths):
@@ -68,7 +75,7 @@ class Settings:
 
     def longest(self) -> int:
         """Tokens of the longest sequence the model will see."""
-        return max(self.tokens + self.decode_tokens + 1, self.needle_tokens + needles.ANSWER_TOKENS)
+        return self.lengths[-1] + max(self.decode_tokens, needles.ANSWER_TOKENS)
 
 
 class Comparison:
@@ -92,17 +99,17 @@ class Comparison:
         self.slots = {spec: _slots(spec, layers) for spec in self.specs}
         for path in {slots["plan"] for slots in self.slots.values() if "plan" in slots}:
             load_plan(path).fit(model, path)
-        self.ids = encode(tokenizer, text, settings.tokens + settings.decode_tokens + 1)
-        self.hay = encode(tokenizer, text, settings.needle_tokens)
+        self.ids = encode(tokenizer, text, settings.lengths[-1] + settings.decode_tokens + 1)
+        for depth in settings.needle_depths:
+            self._needle(settings.lengths[0], depth)  # refuses a prompt too short for it
         self.results = Results.open(folder, self._frame(command), fresh)
         self.path, self.resumed = self.results.path, len(self.results.data["measurements"])
-        self._dense: Run | None = None
+        self._dense: tuple[int, Run] | None = None
         summarise(self.results)
         self.results.save()
 
     def _frame(self, command: str) -> Json:
-        settings = asdict(self.settings) | {"specs": self.specs}
-        settings["needle_depths"] = list(self.settings.needle_depths)
+        settings = json.loads(json.dumps(asdict(self.settings))) | {"specs": self.specs}
         return {
             "schema": SCHEMA,
             "created": now(),
@@ -120,61 +127,72 @@ class Comparison:
         return list(self._steps())
 
     def _steps(self) -> Iterator[tuple[str, Step]]:
-        s, find = self.settings, self.results.find
+        for tokens in self.settings.lengths:
+            for label, step in self._steps_at(tokens):
+                yield f"{tokens:,} tokens: {label}", step
+
+    def _steps_at(self, tokens: int) -> Iterator[tuple[str, Step]]:
+        s, find = self.settings, partial(self.results.find, tokens=tokens)
         for spec in self.specs:
             if not find(kind="quality", spec=spec):
-                yield f"quality of {spec}", _bind(self._measure_quality, spec)
+                yield f"quality of {spec}", partial(self._measure_quality, tokens, spec)
         for repeat in range(s.repeats):
             missing = [x for x in self.specs if not find(kind="timing", spec=x, repeat=repeat)]
             if missing:
                 label = f"timing, round {repeat + 1} of {s.repeats}"
-                yield label, _bind(self._measure_round, repeat, missing)
+                yield label, partial(self._measure_round, tokens, repeat, missing)
         for spec in self.specs:
             for depth in s.needle_depths:
                 if not find(kind="needle", spec=spec, depth=depth):
                     label = f"needle at {depth:.0%} with {spec}"
-                    yield label, _bind(self._measure_needle, spec, depth)
+                    yield label, partial(self._measure_needle, tokens, spec, depth)
 
     def finish(self) -> None:
         """Bring the summary up to date with the measurements."""
         summarise(self.results)
         self.results.save()
 
-    def _prompt(self) -> tuple[Tensor, Tensor]:
-        t, d = self.settings.tokens, self.settings.decode_tokens
-        return self.ids[:, :t], self.ids[:, t : t + d]
+    def _run(self, tokens: int, spec: str, record: Recording | None = None) -> Run:
+        prompt, then = (
+            self.ids[:, :tokens],
+            self.ids[:, tokens : tokens + self.settings.decode_tokens],
+        )
+        return run(self.model, self.slots[spec], prompt, then, record)
 
-    def _run(self, spec: str, record: Recording | None = None) -> Run:
-        return run(self.model, self.slots[spec], *self._prompt(), record)
+    def _recording(self, tokens: int) -> Recording:
+        """What is noted of a run; a head is pictured at the longest length only."""
+        middle = body(self.model).config.num_hidden_layers // 2
+        return Recording(middle if tokens == self.settings.lengths[-1] else -1, 0)
 
-    def _dense_run(self) -> Run:
-        """The run that quality is judged against, made once."""
-        if self._dense is None:
-            self._dense = self._run("dense")
-        return self._dense
+    def _dense_run(self, tokens: int) -> Run:
+        """The run that quality is judged against, made once for a length."""
+        if self._dense is None or self._dense[0] != tokens:
+            self._dense = tokens, self._run(tokens, "dense", self._recording(tokens))
+        return self._dense[1]
 
     @torch.inference_mode()
-    def _measure_quality(self, spec: str) -> None:
-        s, base = self.settings, self._dense_run()
-        config = body(self.model).config
-        record = Recording(config.num_hidden_layers // 2, 0)
-        own = base if spec == "dense" else self._run(spec, record)
-        scored = min(s.scored, s.tokens)
+    def _measure_quality(self, tokens: int, spec: str) -> None:
+        s, base, record = self.settings, self._dense_run(tokens), self._recording(tokens)
+        own = base if spec == "dense" else self._run(tokens, spec, record)
+        scored = min(s.scored, tokens)
         last = (head_logits(self.model, r.hidden[-scored:]) for r in (base, own))
         kl, top1 = divergence(*last)
         decode_kl, decode_top1 = divergence(base.logits, own.logits)
-        after = self.ids[0, s.tokens + 1 :]
-        loss = torch.nn.functional.cross_entropy(own.logits, after)
-        self.results.data["measurements"] += self._picture(spec, record)
+        given = self.ids[0, 1 : tokens + s.decode_tokens + 1]
+        loss = torch.nn.functional.cross_entropy(own.logits, given[tokens:])
+        if tokens == s.lengths[-1]:
+            self.results.data["measurements"] += self._picture(tokens, spec, record)
+        phases = ("prefill", "decode")
         self.results.add(
             {
                 "kind": "quality",
                 "spec": spec,
+                "tokens": tokens,
                 "prefill": {
-                    "perplexity": perplexity(self.model, own.hidden, self.ids[0, 1 : s.tokens + 1]),
+                    "perplexity": perplexity(self.model, own.hidden, given[:tokens]),
                     "kl": kl,
                     "top1": top1,
-                    "positions": s.tokens,
+                    "positions": tokens,
                 },
                 "decode": {
                     "perplexity": float(loss.exp()),
@@ -184,31 +202,31 @@ class Comparison:
                 },
                 "kv_bytes": own.kv_bytes,
                 "dense_kv_bytes": base.kv_bytes,
-                "density": {p: record.mean("density", p) for p in ("prefill", "decode")},
-                "retained_mass": {
-                    p: record.mean("retained_mass", p) for p in ("prefill", "decode")
-                },
+                "peak_kv_bytes": own.peak_kv_bytes,
+                "density": {phase: record.mean("density", phase) for phase in phases},
+                "retained_mass": {phase: record.mean("retained_mass", phase) for phase in phases},
             }
         )
 
-    def _picture(self, spec: str, record: Recording) -> list[Json]:
+    def _picture(self, tokens: int, spec: str, record: Recording) -> list[Json]:
         if not record.picture:  # dense over a full cache: everything is read
-            tokens = self.settings.tokens
             full = full_layout(tokens, tokens, -(-tokens // 32), is_causal=True)
             record.picture, record.phase = block_map(full, record.head), "prefill"
         shape = f"{len(record.picture)}×{len(record.picture[0])}"
         picture = {"layers_shape": shape, "map": record.picture, "phase": record.phase}
-        return [{"kind": "map", "spec": spec, "layer": record.layer, "head": record.head} | picture]
+        place = {"tokens": tokens, "layer": record.layer, "head": record.head}
+        return [{"kind": "map", "spec": spec} | place | picture]
 
-    def _measure_round(self, repeat: int, specs: list[str]) -> None:
+    def _measure_round(self, tokens: int, repeat: int, specs: list[str]) -> None:
         """One round of timings: dense first, then every mechanism, each set against that dense."""
-        base = self._run("dense")
+        base = self._run(tokens, "dense")
         for spec in specs:
-            own = base if spec == "dense" else self._run(spec)
+            own = base if spec == "dense" else self._run(tokens, spec)
             self.results.add(
                 {
                     "kind": "timing",
                     "spec": spec,
+                    "tokens": tokens,
                     "repeat": repeat,
                     "prefill_seconds": own.prefill_seconds,
                     "dense_prefill_seconds": base.prefill_seconds,
@@ -218,18 +236,23 @@ class Comparison:
                 }
             )
 
-    def _measure_needle(self, spec: str, depth: float) -> None:
-        s = self.settings
-        key = needles.pass_key(depth, s.seed)
-        prompt = needles.needle_prompt(self.tokenizer, self.hay, depth, key, s.needle_tokens)
-        said = answer(self.model, self.slots[spec], prompt, needles.ANSWER_TOKENS)
+    def _needle(self, tokens: int, depth: float) -> tuple[Tensor, str]:
+        """The prompt that hides a key, and the key."""
+        key, length = (
+            needles.pass_key(depth, self.settings.seed),
+            min(tokens, self.settings.needle_tokens),
+        )
+        return needles.needle_prompt(self.tokenizer, self.ids, depth, key, length), key
+
+    def _measure_needle(self, tokens: int, spec: str, depth: float) -> None:
+        """Ask for a key. What is asked comes after a cache policy has compressed the text."""
+        prompt, key = self._needle(tokens, depth)
+        slots, count = self.slots[spec], needles.ANSWER_TOKENS
+        late = needles.question_tokens(self.tokenizer) if "cache" in slots else 0
+        said = answer(self.model, slots, prompt, count, held_back=late)
         found = needles.answered(self.tokenizer.decode(said, skip_special_tokens=True))
-        record = {"kind": "needle", "spec": spec, "depth": depth, "expected": key}
-        self.results.add(record | {"answer": found, "hit": found == key})
-
-
-def _bind(function: Callable[..., None], *args: Any) -> Step:
-    return lambda: function(*args)
+        record = {"kind": "needle", "spec": spec, "tokens": tokens, "depth": depth}
+        self.results.add(record | {"expected": key, "answer": found, "hit": found == key})
 
 
 def check_specs(specs: Sequence[str]) -> None:

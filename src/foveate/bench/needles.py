@@ -26,16 +26,22 @@ def needle_prompt(tokenizer: Any, hay: Tensor, depth: float, key: str, tokens: i
     hay (1, n) are tokens of the text, n >= tokens.
     """
 
-    def ids(text: str) -> Tensor:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([found], dtype=torch.long)
-
-    needle, question = ids(_NEEDLE.format(key=key)), ids(_QUESTION)
+    needle, question = _ids(tokenizer, _NEEDLE.format(key=key)), _ids(tokenizer, _QUESTION)
     room = tokens - needle.shape[1] - question.shape[1]
     if room < 1:
         raise ValueError(f"a needle prompt needs more than {tokens - room} tokens, got {tokens}")
     cut = round(depth * room)
     return torch.cat([hay[:, :cut], needle, hay[:, cut:room], question], 1)
+
+
+def question_tokens(tokenizer: Any) -> int:
+    """How many tokens at the end of a needle prompt are the question."""
+    return _ids(tokenizer, _QUESTION).shape[1]
+
+
+def _ids(tokenizer: Any, text: str) -> Tensor:
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([found], dtype=torch.long)
 
 
 def answered(text: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from foveate.attention.base import Record
 from foveate.bench.maps import CELLS, block_map
 from foveate.hf.attach import attach
-from foveate.hf.layers import Stateful
+from foveate.hf.layers import Stateful, storage_bytes
 
 # Rows of logits made at once: a whole prompt of logits over a large vocabulary fills the memory.
 _ROWS = 256
@@ -55,13 +56,30 @@ class Recording:
 
 @dataclass
 class Run:
-    """What a run gives: seconds, the prompt's last hidden states, logits of the decoded steps."""
+    """What a run gives: seconds, the prompt's last hidden states, logits of the decoded steps.
+
+    kv_bytes: storage held at the end; peak_kv_bytes: at its largest moment (None: not recorded).
+    """
 
     prefill_seconds: float
     decode_seconds: float
     hidden: Tensor
     logits: Tensor
     kv_bytes: int
+    peak_kv_bytes: int | None
+
+
+class WatchedCache(DynamicCache):
+    """A cache that notes the most it held at once, with what it handed to attention."""
+
+    peak = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Store new tokens, and count all storages while attention has what it reads."""
+        given = super().update(*args, **kwargs)
+        held = [x for layer in self.layers if isinstance(layer, Stateful) for x in layer.tensors()]
+        self.peak = max(self.peak, storage_bytes([*held, *given]))
+        return given
 
 
 def body(model: Any) -> Any:
@@ -86,11 +104,15 @@ def run(
     then: Tensor,
     record: Recording | None = None,
 ) -> Run:
-    """Prefill `prompt` (1, T), then decode the tokens of `then` (1, S) one at a time."""
+    """Prefill `prompt` (1, T), then decode the tokens of `then` (1, S) one at a time.
+
+    A run that is recorded also watches its cache, and its seconds mean little.
+    """
+    watched = None if record is None else WatchedCache(config=body(model).config)
     with attach(model, **slots) as attached:
         attached.record = record
         start = time.perf_counter()
-        out = body(model)(prompt, use_cache=True)
+        out = body(model)(prompt, past_key_values=watched, use_cache=True)
         head_logits(model, out.last_hidden_state[0, -1:])
         middle = time.perf_counter()
         cache, steps = out.past_key_values, []
@@ -100,22 +122,32 @@ def run(
             steps.append(head_logits(model, state[0]))
         end = time.perf_counter()
     held = sum(x.nbytes() for x in cache.layers if isinstance(x, Stateful))
-    hidden = out.last_hidden_state[0]
-    return Run(middle - start, end - middle, hidden, torch.cat(steps), held)
+    hidden, logits = out.last_hidden_state[0], torch.cat(steps)
+    peak = None if watched is None else watched.peak
+    return Run(middle - start, end - middle, hidden, logits, held, peak)
 
 
 @torch.inference_mode()
-def answer(model: Any, slots: Mapping[str, str], prompt: Tensor, tokens: int) -> list[int]:
-    """The greedy continuation of a prompt, `tokens` long."""
+def answer(
+    model: Any, slots: Mapping[str, str], prompt: Tensor, tokens: int, *, held_back: int = 0
+) -> list[int]:
+    """The greedy continuation of a prompt, `tokens` long.
+
+    The last `held_back` tokens of the prompt come in a call of their own: a cache policy has done
+    its work on the others before it sees them.
+    """
     with attach(model, **slots):
-        out = body(model)(prompt, use_cache=True)
-        said = []
-        for _ in range(tokens):
+        cache: Any = None
+        said: list[int] = []
+        parts = prompt.tensor_split([prompt.shape[1] - held_back], 1)
+        coming = [part for part in parts if part.shape[1]]
+        while len(said) < tokens:
+            for part in coming:
+                out = body(model)(part, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
             token = head_logits(model, out.last_hidden_state[0, -1:]).argmax(-1)
             said.append(int(token))
-            if len(said) < tokens:
-                cache = out.past_key_values
-                out = body(model)(token[None], past_key_values=cache, use_cache=True)
+            coming = [token[None]]
     return said
 
 

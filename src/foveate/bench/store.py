@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
-SCHEMA = "foveate.compare/1"
+SCHEMA = "foveate.compare/2"
+# Settings that measurements carry themselves: more of them leave the others as they are.
+GROWING = ("specs", "lengths")
 
 
 class ResultsError(ValueError):
@@ -108,7 +110,7 @@ class Results:
         return results
 
     def _resume(self, old: Json) -> None:
-        settings = {k: x for k, x in self.data["settings"].items() if k != "specs"}
+        settings = {k: x for k, x in self.data["settings"].items() if k not in GROWING}
         refuse_change(self.path, "settings", old, settings)
         # A plan file can be another one under the same name.
         before, after = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -14,23 +16,24 @@ LATER = "choice sees later tokens: judge it by KL and needles, not by perplexity
 def summarise(results: Results) -> None:
     """Fill `summary` and `winner` from the measurements that are there."""
     data = results.data
-    dense = _quality(results, "dense")
-    rows = [_row(results, entry, dense) for entry in data["mechanisms"]]
+    rows = [_row(results, entry) for entry in data["mechanisms"]]
     for row in rows:
         row["pareto"] = _on_front(row, rows)
     data["summary"] = rows
-    data["complete"] = all(_complete(results, spec) for spec in data["settings"]["specs"])
+    settings = data["settings"]
+    asked = product(settings["specs"], settings["lengths"])
+    data["complete"] = all(_complete(results, spec, tokens) for spec, tokens in asked)
     data["winner"] = _winner(data) if data["complete"] else None
     for row in rows:
         row["winner"] = data["winner"] is not None and row["spec"] == data["winner"]["spec"]
 
 
-def _complete(results: Results, spec: str) -> bool:
-    settings = results.data["settings"]
+def _complete(results: Results, spec: str, tokens: int) -> bool:
+    settings, find = results.data["settings"], partial(results.find, spec=spec, tokens=tokens)
     return (
-        len(results.find(kind="timing", spec=spec)) >= settings["repeats"]
-        and bool(results.find(kind="quality", spec=spec))
-        and len(results.find(kind="needle", spec=spec)) >= len(settings["needle_depths"])
+        len(find(kind="timing")) >= settings["repeats"]
+        and bool(find(kind="quality"))
+        and len(find(kind="needle")) >= len(settings["needle_depths"])
     )
 
 
@@ -39,18 +42,26 @@ def _spread(values: Iterable[float]) -> Json | None:
     return {"median": median(held), "min": min(held), "max": max(held)} if held else None
 
 
-def _quality(results: Results, spec: str) -> Json | None:
-    found = results.find(kind="quality", spec=spec)
-    return found[0] if found else None
+def _row(results: Results, entry: Json) -> Json:
+    """The figures of a mechanism: those of the longest prompt, and those of every length."""
+    lengths = results.data["settings"]["lengths"]
+    by_length = [_figures(results, entry["spec"], tokens) for tokens in lengths]
+    return {
+        "spec": entry["spec"],
+        **by_length[-1],
+        "by_length": by_length,
+        "pareto": False,
+        "winner": False,
+        "notes": [] if entry["selection_causal"] else [LATER],
+    }
 
 
-def _row(results: Results, entry: Json, dense: Json | None) -> Json:
-    spec = entry["spec"]
-    timings = results.find(kind="timing", spec=spec)
-    quality = _quality(results, spec)
-    needles = results.find(kind="needle", spec=spec)
-    depths = results.data["settings"]["needle_depths"]
-    hits = {m["depth"]: int(m["hit"]) for m in needles}
+def _figures(results: Results, spec: str, tokens: int) -> Json:
+    settings, find = results.data["settings"], partial(results.find, tokens=tokens)
+    timings = find(kind="timing", spec=spec)
+    quality, dense = (next(iter(find(kind="quality", spec=x)), None) for x in (spec, "dense"))
+    depths = settings["needle_depths"]
+    hits = {m["depth"]: int(m["hit"]) for m in find(kind="needle", spec=spec)}
 
     def ratios(*parts: str) -> Json | None:
         return _spread(
@@ -60,7 +71,7 @@ def _row(results: Results, entry: Json, dense: Json | None) -> Json:
 
     nothing = {"prefill": None, "decode": None}
     return {
-        "spec": spec,
+        "tokens": tokens,
         "prefill_seconds": _spread(t["prefill_seconds"] for t in timings),
         "prefill_speedup": ratios("prefill"),
         "decode_tokens_per_second": _spread(
@@ -70,6 +81,9 @@ def _row(results: Results, entry: Json, dense: Json | None) -> Json:
         "end_to_end_speedup": ratios("prefill", "decode"),
         "kv_bytes": quality and quality["kv_bytes"],
         "kv_ratio": quality and quality["kv_bytes"] / quality["dense_kv_bytes"],
+        "kv_bytes_per_token": quality
+        and quality["kv_bytes"] / (tokens + settings["decode_tokens"]),
+        "peak_kv_bytes": quality and quality["peak_kv_bytes"],
         "density": quality["density"] if quality else nothing,
         "retained_mass": quality["retained_mass"] if quality else nothing,
         "prefill_quality": _judged(quality, dense, "prefill"),
@@ -80,9 +94,6 @@ def _row(results: Results, entry: Json, dense: Json | None) -> Json:
             else None,
             "by_depth": [[d, hits.get(d)] for d in depths],
         },
-        "pareto": False,
-        "winner": False,
-        "notes": [] if entry["selection_causal"] else [LATER],
     }
 
 

@@ -49,9 +49,10 @@ def kernels(
 ) -> None:
     """The kernels against their rivals and against the limits of this machine."""
     from foveate.bench import kernels as bench
+    from foveate.bench.lengths import lengths_of
     from foveate.report import kernels as page
 
-    lengths, names = bench.lengths_of(sizes), tuple(filter(None, only.split(",")))
+    lengths, names = lengths_of(sizes, "--sizes"), tuple(filter(None, only.split(",")))
     settings = bench.Settings(sizes=lengths, rounds=rounds, only=names, quick=quick)
     command = shlex.join(["foveate", *sys.argv[1:]])
     job = bench.KernelRun(folder, settings, command=command, fresh=fresh)

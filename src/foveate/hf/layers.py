@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from foveate.attention.base import Record, Slot
 from foveate.cache.base import CachePolicy
 
 Recorder = Callable[[Record], None]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+    return sum(s.nbytes() for s in held.values())
 
 
 class Stateful:
@@ -30,8 +36,7 @@ class Stateful:
 
     def nbytes(self) -> int:
         """Bytes of the storages really held."""
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in self.tensors()}
-        return sum(s.nbytes() for s in held.values())
+        return storage_bytes(self.tensors())
 
     def _select(self, indices: Tensor) -> None:
         """Reorder what the base class does not know of."""

@@ -84,20 +84,30 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 def missing(results: Record) -> list[tuple[str, str]]:
     """What is not measured yet: (spec, what) for every mechanism that lacks something."""
-    owed = ((m["spec"], _owed(results, m["spec"])) for m in results["mechanisms"])
-    return [(spec, ", ".join(parts)) for spec, parts in owed if parts]
+    lengths = results["settings"]["lengths"]
+    found = []
+    for mechanism in results["mechanisms"]:
+        owed = {tokens: _owed(results, mechanism["spec"], tokens) for tokens in lengths}
+        texts = [
+            ", ".join(parts) if len(lengths) == 1 else f"at {tokens:,} tokens {', '.join(parts)}"
+            for tokens, parts in owed.items()
+            if parts
+        ]
+        if texts:
+            found.append((mechanism["spec"], "; ".join(texts)))
+    return found
 
 
-def _owed(results: Record, spec: str) -> list[str]:
+def _owed(results: Record, spec: str, tokens: int) -> list[str]:
     settings = results["settings"]
-    timings = len(list(measured(results, "timing", spec)))
-    depths = {needle["depth"] for needle in measured(results, "needle", spec)}
+    timings = len(list(measured(results, "timing", spec, tokens=tokens)))
+    depths = {needle["depth"] for needle in measured(results, "needle", spec, tokens=tokens)}
     lost = [f"{100 * depth:g}%" for depth in settings["needle_depths"] if depth not in depths]
     parts = []
     # Dense is timed as the partner of every other mechanism, so it owes no timing of its own.
     if spec != "dense" and timings < settings["repeats"]:
         parts.append(f"timing ({timings} of {settings['repeats']} repeats)")
-    if not any(measured(results, "quality", spec)):
+    if not any(measured(results, "quality", spec, tokens=tokens)):
         parts.append("quality")
     if lost:
         parts.append(f"needles at {', '.join(lost)}")

@@ -12,18 +12,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from foveate.report import decoding
 from foveate.report.answer import answer, missing
 from foveate.report.figures import block_maps, needle_grid, plots, styles
+from foveate.report.records import longest
 from foveate.report.table import GROUPS, footnotes, rows
 
 HERE = Path(__file__).parent
-SCHEMA = "foveate.compare/1"
+SCHEMA = "foveate.compare/2"
 
 
 def render(results: Mapping[str, Any]) -> str:
     """The whole page as text; missing measurements show as dashes.
 
-    Raises ValueError when `results` is not of schema "foveate.compare/1".
+    Raises ValueError when `results` is not of schema "foveate.compare/2".
     """
     if results.get("schema") != SCHEMA:
         raise ValueError(f"results: schema is {results.get('schema')!r}, expected {SCHEMA!r}")
@@ -55,9 +57,11 @@ def write(results: Mapping[str, Any], path: Path) -> Path:
 
 def _page(results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template names."""
+    charts = decoding.charts(results)
     return {
         "results": results,
         "settings": results["settings"],
+        "tokens": longest(results),
         "machine": results["machine"],
         "model": results["model"],
         "date": _date(results["updated"]),
@@ -67,7 +71,10 @@ def _page(results: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows(results),
         "footnotes": footnotes(results),
         "styles": styles(results),
-        "plots": plots(results),
+        "charts": [chart["title"] for chart in charts],
+        "by_length": decoding.figures(results),
+        "decoding": decoding.COLUMNS,
+        "plots": plots(results) | {"charts": charts, "lengths": results["settings"]["lengths"]},
         "needles": needle_grid(results),
         "maps": block_maps(results),
     }

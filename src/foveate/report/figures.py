@@ -68,8 +68,7 @@ def prefill_times(results: Record, spec: str) -> list[float]:
     own = [timing["prefill_seconds"] for timing in measured(results, "timing", spec)]
     if own or spec != "dense":
         return own
-    timings = (m for m in results["measurements"] if m["kind"] == "timing")
-    return [timing["dense_prefill_seconds"] for timing in timings]
+    return [timing["dense_prefill_seconds"] for timing in measured(results, "timing")]
 
 
 def _point(mechanism: Record, record: Record, view: str) -> dict[str, float] | None:

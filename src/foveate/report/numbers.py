@@ -49,6 +49,11 @@ def divergence(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
 
 
-def megabytes(count: int | None) -> str:
+def megabytes(count: float | None) -> str:
     """Bytes as megabytes (10⁶ bytes)."""
     return significant(None if count is None else count / 1e6)
+
+
+def kilobytes(count: float | None) -> str:
+    """Bytes as kilobytes (10³ bytes)."""
+    return significant(None if count is None else count / 1e3)

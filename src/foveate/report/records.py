@@ -29,6 +29,18 @@ def summaries(results: Record) -> dict[str, Record]:
     return {m["spec"]: found.get(m["spec"], {}) for m in results["mechanisms"]}
 
 
-def measured(results: Record, kind: str, spec: str) -> Iterator[Record]:
-    """The measurements of one kind for one mechanism, in the order they were made."""
-    return (m for m in results["measurements"] if m["kind"] == kind and m["spec"] == spec)
+def longest(results: Record) -> int:
+    """The length of the prompt that decides, in tokens."""
+    return int(results["settings"]["lengths"][-1])
+
+
+def measured(
+    results: Record, kind: str, spec: str | None = None, *, tokens: int | None = None
+) -> Iterator[Record]:
+    """The measurements of one kind at one length, in the order they were made.
+
+    spec: of this mechanism only; tokens: the length, None for the longest.
+    """
+    at = longest(results) if tokens is None else tokens
+    found = (m for m in results["measurements"] if m["kind"] == kind and m["tokens"] == at)
+    return (m for m in found if spec is None or m["spec"] == spec)

@@ -10,6 +10,7 @@ from foveate.report.numbers import (
     MISSING,
     change,
     divergence,
+    kilobytes,
     megabytes,
     percent,
     significant,
@@ -39,6 +40,11 @@ class Cell:
     text: str
     value: float | None
     small: str
+
+    @property
+    def line(self) -> str:
+        """Both on one line, the second in brackets."""
+        return f"{self.text} ({self.small})" if self.small else self.text
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,8 @@ def _needles_found(record: Record) -> str:
     return f"{sum(hits):g} of {len(hits)}" if hits else ""
 
 
-def _phase(phase: str) -> list[Column]:
-    """The columns that both phases share: what was computed, and what it does to the output."""
+def _quality(phase: str) -> list[Column]:
+    """What a mechanism does to the output of a phase."""
     quality = f"{phase}_quality"
 
     def perplexity_change(record: Record) -> str:
@@ -88,31 +94,45 @@ def _phase(phase: str) -> list[Column]:
         return "" if value is None else change(value)
 
     return [
-        _repeated("Speed\u2011up", "×", f"{phase}_speedup", "high"),
-        Column("Density", "%", ("density", phase), percent, "low"),
-        Column("Retained mass", "%", ("retained_mass", phase), percent, "high"),
         Column("Perplexity", "Δ%", (quality, "perplexity"), significant, "low", perplexity_change),
         Column("KL to dense", "nats", (quality, "kl"), divergence, "low"),
         Column("Top\u20111", "%", (quality, "top1"), percent, "high"),
     ]
 
 
+def _phase(phase: str) -> list[Column]:
+    """The columns that both phases share: what was computed, and what it does to the output."""
+    return [
+        _repeated("Speed\u2011up", "×", f"{phase}_speedup", "high"),
+        Column("Density", "%", ("density", phase), percent, "low"),
+        Column("Retained mass", "%", ("retained_mass", phase), percent, "high"),
+        *_quality(phase),
+    ]
+
+
+HELD = Column("KV cache", "MB", ("kv_bytes",), megabytes, "low", _cache_share)
+PER_TOKEN = Column("Cache per token", "kB", ("kv_bytes_per_token",), kilobytes, "low")
+PEAK = Column("Cache at its peak", "MB", ("peak_kv_bytes",), megabytes, "low")
+NEEDLES = Column("Needles found", "%", ("needle", "accuracy"), percent, "high", _needles_found)
+FIRST_TOKEN = _repeated("Time to first token", "s", "prefill_seconds", "low")
+RATE = _repeated("Rate", "tokens/s", "decode_tokens_per_second", "high")
 GROUPS: dict[str, list[Column]] = {
     "Whole run": [
         _repeated("Speed\u2011up end\u00a0to\u00a0end", "×", "end_to_end_speedup", "high"),
-        Column("KV cache", "MB", ("kv_bytes",), megabytes, "low", _cache_share),
-        Column("Needles found", "%", ("needle", "accuracy"), percent, "high", _needles_found),
+        HELD,
+        PER_TOKEN,
+        PEAK,
+        NEEDLES,
     ],
-    "Prefill": [_repeated("Time", "s", "prefill_seconds", "low"), *_phase("prefill")],
-    "Decode": [
-        _repeated("Rate", "tokens/s", "decode_tokens_per_second", "high"),
-        *_phase("decode"),
-    ],
+    "Prefill": [FIRST_TOKEN, *_phase("prefill")],
+    "Decode": [RATE, *_phase("decode")],
 }
 COLUMNS = [column for group in GROUPS.values() for column in group]
+PERPLEXITY, KL, TOP1 = GROUPS["Decode"][-3:]
 
 
-def _cell(column: Column, record: Record) -> Cell:
+def cell(column: Column, record: Record) -> Cell:
+    """What a column says of a summary record."""
     value = pick(record, *column.path)
     small = column.small(record) if column.small and value is not None else ""
     return Cell(column.show(value) if value is not None else MISSING, value, small)
@@ -136,7 +156,7 @@ def _row(mechanism: Record, record: Record, notes: list[str]) -> Row:
     return Row(
         spec=mechanism["spec"],
         paper=f"{title} ({year})" if title and year else title,
-        cells=[_cell(column, record) for column in COLUMNS],
+        cells=[cell(column, record) for column in COLUMNS],
         winner=bool(record.get("winner")),
         pareto=bool(record.get("pareto")),
         looks_ahead=mechanism.get("selection_causal") is False,

@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from foveate.report import decoding as by_length
 from foveate.report.numbers import MISSING
-from foveate.report.table import COLUMNS, GROUPS, Column, Row, rows
+from foveate.report.table import COLUMNS, GROUPS, PEAK, PER_TOKEN, Cell, Column, Row, rows
 
 # A narrower terminal gets the columns that decide: speed and fidelity.
 _WIDE = 132
@@ -20,10 +21,10 @@ _SPEC_WIDTH = 28
 def comparison(results: Mapping[str, Any], width: int) -> Table:
     """The comparison in `width` characters: a line for prefill and a line for decoding each."""
     wide = width >= _WIDE
-    whole = GROUPS["Whole run"] if wide else GROUPS["Whole run"][:1]
+    whole = [c for c in GROUPS["Whole run"] if c not in (PER_TOKEN, PEAK)]
+    whole = whole if wide else whole[:1]
     phases = [(phase, _columns(phase, wide)) for phase in ("Prefill", "Decode")]
-    table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
-    table.add_column("mechanism", overflow="fold", min_width=_SPEC_WIDTH, max_width=_SPEC_WIDTH)
+    table = _table()
     for column in whole:
         table.add_column(f"{column.title}\n{column.unit}", justify="right")
     table.add_column("phase")
@@ -40,6 +41,30 @@ def comparison(results: Mapping[str, Any], width: int) -> Table:
     return table
 
 
+def decoding(results: Mapping[str, Any], width: int) -> Table:
+    """What decoding costs after a prompt of every length, in `width` characters."""
+    columns = by_length.COLUMNS if width >= _WIDE else by_length.DECISIVE
+    table = _table()
+    table.add_column("tokens", justify="right")
+    for column in columns:
+        table.add_column(f"{column.title}\n{column.unit}", justify="right")
+    for spec, lines in by_length.figures(results, columns).items():
+        name = Text(spec)
+        for tokens, cells in lines:
+            texts = [_short(x, column) for x, column in zip(cells, columns, strict=True)]
+            table.add_row(name, f"{tokens:,}", *texts)
+            name = Text()
+        table.add_section()
+    return table
+
+
+def _table() -> Table:
+    """A table with a line, or more, for every mechanism."""
+    table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
+    table.add_column("mechanism", overflow="fold", min_width=_SPEC_WIDTH, max_width=_SPEC_WIDTH)
+    return table
+
+
 def _columns(phase: str, wide: bool) -> list[Column]:
     """The columns of a phase, without those of little weight when room is short."""
     columns = GROUPS[phase]
@@ -52,9 +77,12 @@ def _name(row: Row) -> Text:
 
 
 def _text(row: Row, column: Column) -> str:
+    return _short(row.cells[next(i for i, c in enumerate(COLUMNS) if c is column)], column)
+
+
+def _short(cell: Cell, column: Column) -> str:
     """A cell's number; a perplexity brings its change along."""
-    cell = row.cells[next(i for i, c in enumerate(COLUMNS) if c is column)]
-    return f"{cell.text} ({cell.small})" if column.unit == "Δ%" and cell.small else cell.text
+    return cell.line if column.unit == "Δ%" else cell.text
 
 
 def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:

@@ -1,6 +1,6 @@
 """The kernels against their rivals and against the limits of the machine, in interleaved rounds."""
 
 from foveate.bench.kernels.benches import BENCHES
-from foveate.bench.kernels.run import KernelRun, Settings, length_of, lengths_of
+from foveate.bench.kernels.run import KernelRun, Settings
 
-__all__ = ["BENCHES", "KernelRun", "Settings", "length_of", "lengths_of"]
+__all__ = ["BENCHES", "KernelRun", "Settings"]

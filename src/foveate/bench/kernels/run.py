@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,19 +47,6 @@ class Settings:
         sizes = tuple(sorted(set(self.sizes))) or ((1024,) if self.quick else ())
         chosen = [name for name in BENCHES if not self.only or name in self.only]
         return [trial for name in chosen for trial in BENCHES[name](sizes, self.quick)]
-
-
-def length_of(text: str) -> int:
-    """The length that "512" or "4k" (4096) says; ValueError for anything else."""
-    found = re.fullmatch(r"(\d+)(k?)", text.strip().lower())
-    if not found:
-        raise ValueError(f"--sizes: {text!r} is no length; give some like 512,4k,64k")
-    return int(found[1]) * (1024 if found[2] else 1)
-
-
-def lengths_of(text: str) -> tuple[int, ...]:
-    """The lengths of a list with commas, none for ""; ValueError for what is no length."""
-    return tuple(length_of(part) for part in text.split(",")) if text else ()
 
 
 class KernelRun(Results):

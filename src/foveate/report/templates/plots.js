@@ -60,8 +60,8 @@ const TRADE_TITLES = {
 };
 
 // A log axis has no zero: exact agreement sits on a floor of its own, half a decade below the rest.
-function klScale(points) {
-  const positive = points.map((p) => p.kl).filter((kl) => kl > 0);
+function klScale(kls) {
+  const positive = kls.filter((kl) => kl > 0);
   const low = positive.length ? Math.log10(Math.min(...positive)) : -4;
   const high = positive.length ? Math.log10(Math.max(...positive)) : -1;
   const floor = Math.floor(low * 2 - 0.5) / 2;
@@ -112,7 +112,7 @@ function drawTrade(view) {
   const box = document.getElementById("trade");
   const drawn = data.mechanisms.filter((m) => m.points[view]);
   if (!drawn.length) return noData(box, "No mechanism has been timed and judged in this phase yet.");
-  const scale = klScale(drawn.map((m) => m.points[view]));
+  const scale = klScale(drawn.map((m) => m.points[view].kl));
   const height = (point) => Math.max(point.kl, scale.floor);
   const front = data.fronts[view].map((i) => data.mechanisms[i]);
   const xs = drawn.flatMap((m) => [m.points[view].low, m.points[view].high, m.points[view].x]);
@@ -230,5 +230,6 @@ function currentView() {
 function drawAll() {
   drawTrade(currentView());
   drawTimes();
+  drawCharts();
   document.querySelectorAll("canvas.map").forEach(drawMap);
 }
