@@ -1,0 +1,1 @@
+"""Measurements of models, of maps, and of what attention costs."""
