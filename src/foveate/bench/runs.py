@@ -123,7 +123,7 @@ def run(
         end = time.perf_counter()
     held = sum(x.nbytes() for x in cache.layers if isinstance(x, Stateful))
     hidden, logits = out.last_hidden_state[0], torch.cat(steps)
-    peak = None if watched is None else watched.peak
+    peak = None if watched is None else max(watched.peak, held)
     return Run(middle - start, end - middle, hidden, logits, held, peak)
 
 

@@ -120,8 +120,6 @@ GROUPS: dict[str, list[Column]] = {
     "Whole run": [
         _repeated("Speed\u2011up end\u00a0to\u00a0end", "×", "end_to_end_speedup", "high"),
         HELD,
-        PER_TOKEN,
-        PEAK,
         NEEDLES,
     ],
     "Prefill": [FIRST_TOKEN, *_phase("prefill")],

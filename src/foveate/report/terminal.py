@@ -11,7 +11,7 @@ from rich.text import Text
 
 from foveate.report import decoding as by_length
 from foveate.report.numbers import MISSING
-from foveate.report.table import COLUMNS, GROUPS, PEAK, PER_TOKEN, Cell, Column, Row, rows
+from foveate.report.table import COLUMNS, GROUPS, Cell, Column, Row, rows
 
 # A narrower terminal gets the columns that decide: speed and fidelity.
 _WIDE = 132
@@ -21,8 +21,7 @@ _SPEC_WIDTH = 28
 def comparison(results: Mapping[str, Any], width: int) -> Table:
     """The comparison in `width` characters: a line for prefill and a line for decoding each."""
     wide = width >= _WIDE
-    whole = [c for c in GROUPS["Whole run"] if c not in (PER_TOKEN, PEAK)]
-    whole = whole if wide else whole[:1]
+    whole = GROUPS["Whole run"] if wide else GROUPS["Whole run"][:1]
     phases = [(phase, _columns(phase, wide)) for phase in ("Prefill", "Decode")]
     table = _table()
     for column in whole:

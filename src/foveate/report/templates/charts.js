@@ -16,7 +16,8 @@ function drawChart(box, chart) {
       type: "scatter", mode: "lines+markers", connectgaps: true,
       x: data.lengths, y: scale ? values.map((y) => y === null ? y : Math.max(y, scale.floor)) : values,
       line: { color: colour(m), width: 1.5 },
-      marker: { color: colour(m), symbol: m.symbol, size: 9, line: { color: token("--surface"), width: 1 } },
+      // Open symbols: those of lines that lie on each other show through.
+      marker: { color: colour(m), symbol: `${m.symbol}-open`, size: 10, line: { width: 1.5 } },
       text: texts, hovertemplate: `<b>${plain(m.spec)}</b><br>%{x:,} tokens: %{text}<extra></extra>`,
     };
   });
