@@ -246,6 +246,13 @@ class Store(CachePolicy):
         """What is held once the tokens k, v have come, too; `held` itself stays as it is."""
         raise NotImplementedError
 
+    def chosen(self, q: Tensor, k: Tensor, *, scale: float | None) -> Tensor | None:
+        """Tokens of a call (Hkv, m), ascending, that are to be held once it ends; None: all.
+
+        q (1, Hq, n, D) are its queries, k (1, Hkv, n, D) its keys.
+        """
+        return None
+
     def attend(self, q: Tensor, held: Any, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Causal attention of q (1, Hq, n, D), whose keys are k, over what is held and those.
 

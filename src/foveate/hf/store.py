@@ -54,13 +54,22 @@ class StoreLayer(PolicyLayer):
         return out
 
     def finish(self, q: Tensor, *, scale: float | None, record: Recorder | None, at: int) -> None:
-        """Take the new tokens in."""
+        """Take the new tokens in, those that the policy chooses."""
         if self._new is None:
             return
-        own = [self._own(b) for b in range(q.shape[0])]
+        own = [self._chosen(b, q, scale) for b in range(q.shape[0])]
         held = self.rows or [self.policy.empty(*pair, layer=at) for pair in own]
         self.rows = [self.policy.extended(row, *pair) for row, pair in zip(held, own, strict=True)]
         self._new = None
+
+    def _chosen(self, b: int, q: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, Hkv, m, ·) of a row's new tokens that are to be held."""
+        k, v = self._own(b)
+        at = self.policy.chosen(q[b : b + 1, :, self._fresh[b]], k, scale=scale)
+        if at is None:
+            return k, v
+        k, v = (x.gather(2, at[None, ..., None].expand(1, -1, -1, x.shape[3])) for x in (k, v))
+        return k, v
 
     def _own(self, b: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, Hkv, n, ·) of a row's new tokens."""
