@@ -70,7 +70,7 @@ class SAQ(Store):
         for name in ("recent", "first"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.block % self.group:
+        if self.block % self.key_tile[0]:
             raise ValueError(f"group must divide the block of {self.block}, got {self.group}")
         steps = self.bits[1:]
         falling = all(a > b for a, b in zip(self.bits, steps, strict=False))
@@ -78,6 +78,11 @@ class SAQ(Store):
             raise ValueError(
                 f"bits must fall from 16 through some of {BITS[::-1]}, like 16/4, got {self.bits}"
             )
+
+    @property
+    def key_tile(self) -> tuple[int, int]:
+        """Tokens and channels of keys that share a scale."""
+        return self.group, 1
 
     def empty(self, k: Tensor, v: Tensor, *, layer: int) -> Stairs:
         """Nothing held, of keys and values like k and v (1, Hkv, n, ·)."""
@@ -159,7 +164,7 @@ class SAQ(Store):
         for at in range(start, stop + 1):
             bits = self.bits[at + 1]
             coded = (
-                ops.quantize(tokens[0], bits, group=(self.group, 1)),
+                ops.quantize(tokens[0], bits, group=self.key_tile),
                 ops.quantize(tokens[1], bits, group=self.group),
             )
             tokens = self._read(coded, at)
@@ -168,7 +173,7 @@ class SAQ(Store):
     def _read(self, coded: Coded, at: int) -> Exact:
         """Values of the codes of a level."""
         bits = self.bits[at + 1]
-        groups = (self.group, 1), (1, self.group)
+        groups = self.key_tile, (1, self.group)
         k, v = (
             ops.dequantize(x, bits, group=group) for x, group in zip(coded, groups, strict=True)
         )
