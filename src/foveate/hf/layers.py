@@ -14,6 +14,8 @@ from foveate.attention.base import Record, Slot
 from foveate.cache.base import CachePolicy
 
 Recorder = Callable[[Record], None]
+# A cache may hold this part of its tokens more than it has.
+_ROOM = 64
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -78,8 +80,45 @@ class Stateful:
             self.memory.clear()
 
 
+class Growing:
+    """A tensor (B, H, n, D) that grows at its end in place as long as its storage has room.
+
+    One part in `_ROOM` of the storage is kept free, so that growing by a token seldom copies all.
+    """
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+        self.storage: Tensor | None = None
+
+    def appended(self, held: Tensor, new: Tensor) -> Tensor:
+        """`held` followed by `new`; copies `held` unless it is what was returned last."""
+        start, stop = held.shape[2], held.shape[2] + new.shape[2]
+        storage = self.storage
+        # What inference mode made can be written to there only.
+        ours = storage is not None and storage.is_inference() == torch.is_inference_mode_enabled()
+        if storage is None or not ours or held is not self.held or stop > storage.shape[2]:
+            storage = held.new_empty(*held.shape[:2], stop + stop // _ROOM, held.shape[3])
+            storage[:, :, :start] = held
+        storage[:, :, start:stop] = new
+        self.storage, self.held = storage, storage[:, :, :stop]
+        return self.held
+
+
 class FullLayer(Stateful, DynamicLayer):
-    """Stores every token."""
+    """Stores every token; copies of a layer may share what they hold and go on apart."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._grown = Growing(), Growing()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append; returns all keys and values."""
+        if torch.is_grad_enabled() or not self.get_seq_length():
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self._grown
+        self.keys = keys.appended(self.keys, key_states)
+        self.values = values.appended(self.values, value_states)
+        return self.keys, self.values
 
 
 class SlidingLayer(Stateful, DynamicSlidingWindowLayer):
