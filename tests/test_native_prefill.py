@@ -109,6 +109,16 @@ def test_strong_logits():
     assert got[0].isfinite().all()
 
 
+@pytest.mark.parametrize("q_len", [1, 64], ids=["decode", "prefill"])
+def test_error_does_not_grow_with_the_number_of_keys(q_len):
+    q, k, v = qkv(q_len, 32_768, batch=1, q_heads=2, kv_heads=1, dim=64, v_dim=64)
+    k[:, :, 0] += 3 * q.mean((1, 2))  # most weight comes first, then many small ones
+    got = ops.attend(q, k, v)
+    with ops.backend("reference"):
+        want = ops.attend(*(x.double() for x in (q, k, v)))
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
 def test_several_python_threads_at_once():
     q, k, v = qkv(256, 256, dim=64, v_dim=64)
     want = ops.attend(q, k, v, causal=True)

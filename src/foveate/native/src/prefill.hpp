@@ -155,14 +155,15 @@ void softmax(const PrefillCall& c, const Lanes& lanes, int count, float* s) {
     }
     const Vec base = top == low ? splat(0.0f) : top;
     const Vec shrink = exp2_of(before - base);
-    Vec total = load(lanes.total + n * kWidth) * shrink;
+    Vec total = splat(0.0f);
     for (int j = 0; j < count; ++j) {
       const Vec p = exp2_of(load(at + j * N * kWidth) - base);
       store(at + j * N * kWidth, p);
       total += p;
     }
     store(lanes.top + n * kWidth, top);
-    store(lanes.total + n * kWidth, total);
+    float* sum = lanes.total + n * kWidth;
+    store(sum, load(sum) * shrink + total);
     if (any(top != before))
       for (int d = 0; d < c.v_dim; ++d) {
         float* o = lanes.out + (d * N + n) * kWidth;

@@ -55,9 +55,8 @@ void scores(const float* q, const float* const* rows, int count, int dim, float*
 
 template <int K, int N>
 inline void values_tile(const float* p, const float* const* rows, int from, int count, float* out) {
-  Vec acc[K][N];
-  for (int i = 0; i < K; ++i)
-    for (int n = 0; n < N; ++n) acc[i][n] = load(out + (i * N + n) * kWidth);
+  // Summed apart first: a long sum rounds away what comes late, if it comes one by one.
+  Vec acc[K][N] = {};
   for (int j = 0; j < count; ++j) {
     const float* row = rows[j] + from;
     Vec lane[N];
@@ -71,7 +70,10 @@ inline void values_tile(const float* p, const float* const* rows, int from, int 
     }
   }
   for (int i = 0; i < K; ++i)
-    for (int n = 0; n < N; ++n) store(out + (i * N + n) * kWidth, acc[i][n]);
+    for (int n = 0; n < N; ++n) {
+      float* sum = out + (i * N + n) * kWidth;
+      store(sum, load(sum) + acc[i][n]);
+    }
 }
 
 // out (dim, lanes) += value rows (count, dim) transposed times p (count, lanes); dim % 8 == 0.
