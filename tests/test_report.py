@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html import unescape
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from foveate.report import answer, compare, decoding, figures, numbers, records, table
+from foveate.report import answer, compare, decoding, figures, numbers, records, table, terminal
 from report_example import example_results, interrupted_results
 
 HOSTILE = "</script><script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
@@ -329,6 +331,18 @@ def test_what_was_not_measured_at_a_length_is_a_gap() -> None:
     assert line["values"][0] is None and None not in line["values"][1:]
     assert {cell.text for cell in decoding.figures(results)["flexprefill"][0][1]} == {"—"}
     compare.render(results)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, decoding.DECISIVE), (160, decoding.COLUMNS)])
+def test_a_narrow_terminal_gets_the_columns_that_decide(width: int, columns: Any) -> None:
+    shown = terminal.decoding(example_results(), width)
+    assert len(shown.columns) == 2 + len(columns)
+    console = Console(width=width, file=io.StringIO())
+    console.print(shown)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert [line.split()[1] for line in lines if line.startswith(" moba")] == ["1,024"]
+    assert sum(" 4,096 " in line for line in lines) == 9
 
 
 def test_markdown_has_the_four_figures_that_decide_at_the_longest_length() -> None:

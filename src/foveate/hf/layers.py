@@ -107,6 +107,9 @@ class Growing:
 class FullLayer(Stateful, DynamicLayer):
     """Stores every token; copies of a layer may share what they hold and go on apart."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._grown = Growing(), Growing()
