@@ -125,7 +125,7 @@ def test_all_of_one_type_are_dense_attention_or_a_window_and_the_first(kind, mas
     kinds = torch.full((2, 2, 40), kind)
     kinds[..., 0] = GLOBAL
     layer, x = fixed(build(), kinds), tokens(40)
-    q, k, v = (layer._split(part(x)) for part in (layer.q, layer.k, layer.v))
+    q, k, v = layer.split(x, x)
     want = ops.attend(layer._turned(q, 0), layer._turned(k, 0), v, causal=True, mask=mask)
     want = layer.out(want.transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-4)
@@ -142,8 +142,8 @@ def test_steps_and_chunks_over_the_dropping_cache_equal_the_whole(cuts, seed, mo
         for part in x.split(cuts, 1):
             y, state = layer(part, state=state, return_state=True)
             outs.append(y)
-        q, k = (layer._turned(layer._split(part(x)), 0) for part in (layer.q, layer.k))
-        v = layer._split(layer.v(x))
+        q, k, v = layer.split(x, x)
+        q, k = layer._turned(q, 0), layer._turned(k, 0)
         want = plain(q.double(), k.double(), v.double(), types, 3).float()
         want = layer.out(want.transpose(1, 2).flatten(2))
     torch.testing.assert_close(torch.cat(outs, 1), want, atol=1e-5, rtol=1e-4)

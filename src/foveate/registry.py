@@ -149,6 +149,17 @@ def create(spec: str, **options: Any) -> Any:
     are written with slashes: `dense_layers=0/1`. Raises ValueError for an unknown mechanism or
     option, TypeError for an option of the wrong type and for one that must be given but is not.
     """
+    cls, options = parse(spec, **options)
+    taken = inspect.signature(cls).parameters.values()
+    missing = [p.name for p in taken if p.default is p.empty and p.name not in options]
+    if missing:
+        name = cls.card.name
+        raise TypeError(f"{name} needs {', '.join(missing)}, got {', '.join(options) or 'none'}")
+    return cls(**options)
+
+
+def parse(spec: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The class and the options that a string names, with further options; raises as `create`."""
     name, _, tail = spec.partition(":")
     cls = lookup(name.strip())
     for pair in filter(None, (p.strip() for p in tail.split(","))):
@@ -162,11 +173,7 @@ def create(spec: str, **options: Any) -> Any:
         # JSON knows no tuples: they come back from it as lists.
         options[key] = tuple(value) if isinstance(value, list) else value
         _check(options[key], _hint(cls, name, key), name, key)
-    taken = inspect.signature(cls).parameters.values()
-    missing = [p.name for p in taken if p.default is p.empty and p.name not in options]
-    if missing:
-        raise TypeError(f"{name} needs {', '.join(missing)}, got {', '.join(options) or 'none'}")
-    return cls(**options)
+    return cls, options
 
 
 def spec_of(mechanism: Any) -> str:

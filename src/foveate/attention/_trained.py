@@ -163,9 +163,9 @@ def write_trained(
 ) -> None:
     """Write the trained part of a mechanism, whole or not at all; OSError when that fails.
 
-    A mechanism that is no dataclass names its options in a dict `options`.
+    A mechanism with a dict `options` names them there, any other is a dataclass.
     """
-    options = mechanism.options if isinstance(mechanism, nn.Module) else asdict(mechanism)
+    options = mechanism.options if hasattr(mechanism, "options") else asdict(mechanism)
     draft = path.with_name(f"{path.name}.part")
     about = {
         "format": FORMAT,

@@ -24,7 +24,8 @@ from foveate.attention._trained import (
 from foveate.attention.base import Attention, Call, Result, dense_result
 from foveate.bench.runs import body, head_logits
 from foveate.hf.attach import attach
-from foveate.registry import Card, create, find, lookup
+from foveate.hf.convert import Conversion, Converted
+from foveate.registry import Card, create, find, lookup, parse
 from foveate.tasks.train import fit
 
 # Tokens on which a learner tries things out when its steps are done.
@@ -47,6 +48,11 @@ class Training:
         write_trained(path, self.mechanism, self.shape, weights)
 
 
+def named(spec: str) -> Any:
+    """What a string names to be trained: a mechanism, or the conversion of a model's layers."""
+    return Conversion.of(spec) if _converts(parse(spec)[0]) else create(spec)
+
+
 def train(
     model: Any,
     mechanism: Any,
@@ -61,8 +67,9 @@ def train(
     The steps go through the tasks in turn, and through the windows of each. The model's weights
     are left as they are. progress(stage, done, total) hears how far it is. A layer that stands for
     several of a model (it has a `depth`) learns to give what those in its middle give, as
-    `teach` says. Raises TypeError for a mechanism that learns nothing, ValueError for texts without
-    a second token and for too few steps: only what calibrates itself is of use after none.
+    `teach` says, and the layers of a `Conversion` learn as `adapt` says. Raises TypeError for a
+    mechanism that learns nothing, ValueError for texts without a second token and for too few
+    steps: only what calibrates itself is of use after none.
     """
     check_trainable(mechanism, steps)
     for ids in texts:
@@ -73,6 +80,11 @@ def train(
     if isinstance(mechanism, nn.Module):
         losses = teach(model, mechanism, torch.cat(list(texts)), steps=steps, lr=lr, tell=tell)
         return Training(mechanism, mechanism, shape, losses)
+    if isinstance(mechanism, Conversion):
+        layers, losses = adapt(
+            model, mechanism, torch.cat(list(texts)), steps=steps, lr=lr, tell=tell
+        )
+        return Training(mechanism, layers, shape, losses)
     learner = mechanism.learner(shape)
     dense = getattr(mechanism, "dense_layers", ())
     place = InTraining(learner=learner, dense_layers=dense)
@@ -155,6 +167,45 @@ def teach(model: Any, layer: Any, ids: Tensor, *, steps: int, lr: float, tell: T
     return _fitted(layer.parameters(), loss, steps, lr, tell)
 
 
+def adapt(
+    model: Any, conversion: Conversion, ids: Tensor, *, steps: int, lr: float, tell: Told
+) -> tuple[nn.ModuleList, list[float]]:
+    """Convert a model and train the new layers to predict what it predicted; put it back.
+
+    ids are (windows, tokens). Returns the layers and the loss of every step, the KL divergence
+    from the model's own predictions in nats.
+    """
+    known = []
+    for i, row in enumerate(ids):
+        with torch.no_grad():
+            known.append(body(model)(row[None], use_cache=False).last_hidden_state)
+        tell("watching the model", i + 1, len(ids))
+    with _frozen(model), conversion.apply(model) as converted:
+
+        def loss(step: int) -> Tensor:
+            at = step % len(ids)
+            return text_loss(model, ids[at : at + 1], known[at], 1.0)
+
+        losses = _fitted(converted.layers.parameters(), loss, steps, lr, tell)
+    return converted.layers, losses
+
+
+def load_conversion(model: Any, path: Path | str, mechanism: str) -> Converted:
+    """Convert a model to layers that were trained for it: a context manager, or call `undo`.
+
+    Raises ValueError for the file of another mechanism or model.
+    """
+    held = read_trained(str(path), mechanism)
+    held.check_model(shape_of(model, torch.zeros(1, 2, dtype=torch.long)))
+    converted = Conversion(lookup(mechanism), held.options).apply(model)
+    try:
+        converted.layers.load_state_dict(held.weights)
+    except RuntimeError as error:
+        converted.undo()
+        raise ValueError(f"{path} holds no {mechanism} for this model: {error}") from error
+    return converted
+
+
 def load_layer(path: Path | str, mechanism: str) -> nn.Module:
     """A layer that was taught, as its file holds it; ValueError when it holds another."""
     held = read_trained(str(path), mechanism)
@@ -168,8 +219,8 @@ def load_layer(path: Path | str, mechanism: str) -> nn.Module:
 
 def check_trainable(mechanism: Any, steps: int) -> None:
     """Refuse a mechanism that learns nothing, or nothing in so few steps."""
-    if not _learns(type(mechanism)):
-        known = [c.name for c in find() if _learns(lookup(c.name))]
+    if not isinstance(mechanism, Conversion) and not _learns(type(mechanism)):
+        known = [c.name for c in find() if _learns(cls := lookup(c.name)) or _converts(cls)]
         name = getattr(getattr(mechanism, "card", None), "name", repr(mechanism))
         raise TypeError(f"{name} has nothing to train; known: {', '.join(known)}")
     least = 0 if getattr(mechanism, "calibrates", False) else 1
@@ -180,6 +231,11 @@ def check_trainable(mechanism: Any, steps: int) -> None:
 def _learns(cls: Any) -> bool:
     """Whether a class of mechanisms has a trained part, or is a layer that can be taught."""
     return issubclass(cls, Trainable) or hasattr(cls, "depth")
+
+
+def _converts(cls: Any) -> bool:
+    """Whether a class of layers is made from those of a model."""
+    return hasattr(cls, "converted")
 
 
 def text_loss(model: Any, ids: Tensor, known: Tensor | None = None, distil: float = 0.0) -> Tensor:

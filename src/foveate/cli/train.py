@@ -37,9 +37,10 @@ def train(
     from foveate import registry
     from foveate.bench import train as training
     from foveate.hf import builtin
+    from foveate.hf.convert import Conversion
     from foveate.hf.text import builtin_text, encode, read_text
 
-    made = registry.create(mechanism)
+    made = training.named(mechanism)
     training.check_trainable(made, steps)
     if window < 2 or tokens < window:
         raise ValueError(f"want --window >= 2 and --tokens >= --window, got {window} and {tokens}")
@@ -74,7 +75,9 @@ def train(
     ends = result.losses[:1] + result.losses[-1:]
     done = f"trained: loss {ends[0]:.4g} -> {ends[1]:.4g}" if ends else "calibrated"
     tell(f"{done}, kept in {file}")
-    if made.card.kind == "module":
+    if isinstance(made, Conversion):
+        use = f'foveate.bench.train.load_conversion(model, "{file}", "{made.card.name}")'
+    elif made.card.kind == "module":
         use = f'foveate.bench.train.load_layer("{file}", "{made.card.name}")'
     else:
         slot = "cache" if made.card.kind == "cache" else "prefill"

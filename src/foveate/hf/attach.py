@@ -260,6 +260,11 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, belongs to an attached model."""
+    return any(part in _attached for part in module.modules())
+
+
 def _positions(ids: Tensor | None, valid: Tensor | None, q_len: int, k_len: int) -> Tensor | None:
     """Positions (B|1, Lk) of keys that lie in consecutive slots, from those of the queries."""
     if ids is None or ids.dim() != 2:
@@ -299,7 +304,7 @@ def _decoder_of(model: Any) -> Any:
             f"{name} does not go through transformers' attention interface: its attention cannot "
             "be exchanged from outside"
         )
-    if any(module in _attached for module in decoder.modules()):
+    if is_attached(decoder):
         raise RuntimeError(f"{name} is already attached: leave that block or call detach() first")
     return decoder
 

@@ -37,9 +37,11 @@ class Projections(NamedTuple):
     def of(cls, layer: Any) -> Projections:
         """Those of an attention layer whose linear parts are called as in transformers.
 
-        Raises TypeError for a layer that has no such parts, ValueError for one with biases.
+        Raises TypeError for a layer that has no such parts, ValueError for one with biases or with
+        other weights besides.
         """
-        parts = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        parts = [getattr(layer, name, None) for name in names]
         if any(not isinstance(part, nn.Linear) for part in parts):
             raise TypeError(
                 f"a layer to convert needs linear q_proj, k_proj, v_proj and o_proj, "
@@ -47,6 +49,12 @@ class Projections(NamedTuple):
             )
         if any(part.bias is not None for part in parts if part is not None):
             raise ValueError("a layer to convert must have no biases")
+        more = [n for n, _ in layer.named_parameters() if n.partition(".")[0] not in names]
+        if more:
+            raise ValueError(
+                f"a layer to convert must have no weights but its projections, "
+                f"got {', '.join(more)}"
+            )
         return cls(*(part.weight.detach() for part in parts if part is not None))
 
 
@@ -113,11 +121,11 @@ class AttentionLayer(nn.Module):
         old = 0 if state is None else state.pos
         source = x if context is None else context
         end = old + source.shape[1]
-        q = self._turned(self._split(self.q(x)), max(end - x.shape[1], 0))
-        k, v = self._turned(self._split(self.k(source)), old), self._split(self.v(source))
+        q, k, v = self.split(x, source)
+        q, k = self._turned(q, max(end - x.shape[1], 0)), self._turned(k, old)
         if state is not None:
             k, v = torch.cat((state.keys, k), 2), torch.cat((state.values, v), 2)
-        y = self.out(self.attend(q, k, v, causal, mask).transpose(1, 2).flatten(2))
+        y = self.joined(self.attend(q, k, v, causal, mask))
         return (y, KeyValues(k, v)) if return_state else y
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -136,9 +144,18 @@ class AttentionLayer(nn.Module):
                 )
             mine.copy_(weight)
 
-    def _split(self, x: Tensor) -> Tensor:
-        """(B, L, H·D) -> (B, H, L, D)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x (B, L, dim), keys and values of a source, (B, H, L, D) each, not rotated."""
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y in (self.q(x), self.k(source), self.v(source))
+        )
+        return q, k, v
+
+    def joined(self, out: Tensor) -> Tensor:
+        """What heads give, (B, H, L, D) -> (B, L, dim)."""
+        y: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return y
 
     def _turned(self, x: Tensor, first: int) -> Tensor:
         """Heads (B, H, L, D) rotated by the positions from `first` on."""

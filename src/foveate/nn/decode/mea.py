@@ -69,17 +69,18 @@ class MEA(AttentionLayer):
         cls,
         weights: Projections,
         heads: int,
-        components: int,
+        components: int | None = None,
         *,
         norm: bool = False,
         theta: float | None = None,
     ) -> MEA:
         """The nearest layer of `components` heads to a trained one, by singular vectors.
 
-        Exact, without the norm, when there are as many components as trained kv heads; more
+        Exact, without the norm, when there are as many components as trained kv heads (None); more
         raise ValueError.
         """
         width, dim = weights.q.shape[0] // heads, weights.q.shape[1]
+        components = weights.k.shape[0] // width if components is None else components
         parts = {name: _factored(getattr(weights, name), width, components) for name in ("k", "v")}
         made: dict[str, Any] = {"device": weights.q.device, "dtype": weights.q.dtype}
         layer = cls(dim, heads, components, norm=norm, head_dim=width, theta=theta, **made)

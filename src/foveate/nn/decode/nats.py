@@ -113,20 +113,20 @@ class Nats(AttentionLayer):
         if context is not None or not causal:
             raise ValueError("nats is causal self-attention: got a context or causal=False")
         old = 0 if state is None else state.pos
-        q = self._turned(self._split(self.q(x)), old)
-        k, v = self._turned(self._split(self.k(x)), old), self._split(self.v(x))
+        q, k, v = self.split(x, x)
+        q, k = self._turned(q, old), self._turned(k, old)
         if self.training:
             if state is not None or return_state:
                 raise ValueError("nats keeps a state for decoding only: call eval() first")
             out = soft_attend(q, k, v, self.types(x), self.window, mask)
-            return self._joined(out)
+            return self.joined(out)
         at = torch.arange(old, old + x.shape[1], device=x.device).expand(k.shape[:3])
         kinds = self.types(x, first=old == 0).argmax(-1)
         if state is not None:
             k, v = torch.cat((state.keys, k), 2), torch.cat((state.values, v), 2)
             at, kinds = torch.cat((state.at, at), 2), torch.cat((state.kinds, kinds), 2)
         last = last_seen(kinds, at, self.window)
-        y = self._joined(self._kept_only(q, k, v, at, last, old + x.shape[1], mask))
+        y = self.joined(self._kept_only(q, k, v, at, last, old + x.shape[1], mask))
         if not return_state:
             return y
         return y, _packed(k, v, at, kinds, last, old + x.shape[1])
@@ -145,10 +145,6 @@ class Nats(AttentionLayer):
             price = self.pressure * kept_for(types.detach())
             types.register_hook(lambda grad: grad + price)
         return types
-
-    def _joined(self, out: Tensor) -> Tensor:
-        y: Tensor = self.out(out.transpose(1, 2).flatten(2))
-        return y
 
     def _kept_only(
         self,
