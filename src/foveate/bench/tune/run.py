@@ -40,7 +40,7 @@ CANDIDATES = (
 )
 _PROFILED = 4096  # tokens of the text on which single changes are weighed
 _BLOCK = 64  # of the influence by distance
-_TRIALS = 4  # plans that a searcher tries
+_TRIALS = 6  # plans that a searcher tries
 _ROUNDS = 3  # of the final timing
 METRICS = ("perplexity", "kl", "needles")
 
