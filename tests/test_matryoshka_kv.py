@@ -20,7 +20,8 @@ SHAPE = ModelShape(LAYERS, Q_HEADS, HEADS, DIM)
 
 
 def policy(**options):
-    return foveate.create("matryoshka_kv", **options)
+    """A policy that keeps no token exact unless it is told to."""
+    return foveate.create("matryoshka_kv", **{"block": 1, **options})
 
 
 def tokens(count=60, seed=0):
@@ -59,12 +60,15 @@ def held_after(made, k, v, cuts=(), layer=0):
 
 
 def seen(held, k, v):
-    """Full keys and values as the coordinates tell them."""
-    k, v = torch.empty_like(k), torch.empty_like(v)
+    """Keys and values like k and v as what is held tells them, the newest as they are."""
+    k, v = k.clone(), v.clone()
+    coded = k.shape[2] - held.newest[0].shape[2]
     for group, (own_k, own_v) in zip(held.groups, held.parts, strict=True):
         for i, h in enumerate(group.heads):
             for x, axes, own in ((k, group.k, own_k), (v, group.v, own_v)):
-                x[0, h] = own[0, i] @ axes.basis[i].T + axes.mean[i]
+                x[0, h, :coded] = own[0, i] @ axes.basis[i].T + axes.mean[i]
+    for x, newest in zip((k, v), held.newest, strict=True):
+        x[:, :, coded:] = newest
     return k, v
 
 
@@ -72,7 +76,9 @@ NONE = {"scale": None, "softcap": None}
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("options", [{"rate": 0.25}, {"rate": 0.8, "ranks": "searched"}])
+@pytest.mark.parametrize(
+    "options", [{"rate": 0.25}, {"rate": 0.8, "ranks": "searched"}, {"rate": 0.5, "block": 16}]
+)
 def test_attention_is_that_over_what_the_coordinates_tell(file, options, softcap):
     made, (q, k, v) = policy(**options, basis=str(file[0])), tokens()
     held = held_after(made, k[:, :, :50], v[:, :, :50], layer=1)
@@ -104,6 +110,20 @@ def test_all_coordinates_give_dense_attention(file, trained):
     torch.testing.assert_close(got, ops.attend(q[:, :, -1:], k, v), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"block": 8}, {"block": 8, "calibrate": 21, "basis": ""}])
+def test_the_newest_tokens_are_exact_until_they_fill_a_block(file, options):
+    made, (_, k, v) = policy(**{"rate": 0.5, "basis": str(file[0]), **options}), tokens()
+    for count in range(1, 50):
+        held = held_after(made, k[:, :, :count], v[:, :, :count], tuple(range(1, count)))
+        coded = count - count % 8 if "basis" not in options or count >= 21 else 0
+        for x, newest in zip((k, v), held.newest, strict=True):
+            assert torch.equal(newest, x[:, :, coded:count])
+        assert sum(part[0].shape[2] for part in held.parts) == coded
+        sizes = {"kv_heads": HEADS, "dim": DIM, "itemsize": 4}
+        total = sum(x.untyped_storage().nbytes() for x in made.tensors(held))
+        assert total == made.claimed_bytes(count, 1, **sizes)
+
+
 def test_errors_fall_with_the_rate_along_principal_axes():
     q, k, v = tokens()
     errors = []
@@ -128,7 +148,7 @@ def test_encoding_what_was_decoded_changes_nothing(file):
 def test_axes_come_from_the_first_tokens_of_the_row():
     made, (_, k, v) = policy(rate=0.5, calibrate=20), tokens()
     assert not held_after(made, k[:, :, :19], v[:, :, :19]).groups
-    ((first,), _), ((later,), _) = (held_after(made, k, v, cuts) for cuts in ((25,), (25, 26, 40)))
+    first, later = (held_after(made, k, v, cuts).groups[0] for cuts in ((25,), (25, 26, 40)))
     whole = held_after(made, k[:, :, :25], v[:, :, :25]).groups[0]
     for group in (first, later):
         assert torch.equal(group.k.basis, whole.k.basis)
@@ -164,8 +184,8 @@ def test_heads_of_like_ranks_form_a_group_and_hold_what_is_claimed(file):
 
 
 def test_bytes_held_are_those_claimed_at_every_step(tiny_llama):
-    for calibrate in (20, 35):
-        check_bytes(tiny_llama, policy(rate=0.375, calibrate=calibrate), 30)
+    for calibrate, block in ((20, 1), (35, 1), (20, 4)):
+        check_bytes(tiny_llama, policy(rate=0.375, calibrate=calibrate, block=block), 30)
 
 
 def test_the_search_lowers_what_changes_least():
@@ -282,9 +302,9 @@ def test_at_a_rate_of_one_models_of_many_kinds_are_as_they_were(family):
         return step_logits(model, ids, 28, DynamicCache(config=model.config), cache=cache)
 
     plain = logits()
-    got = logits("matryoshka_kv:rate=1,calibrate=20")
+    got = logits("matryoshka_kv:rate=1,calibrate=20,block=8")
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
-    less = logits("matryoshka_kv:rate=0.375,calibrate=20")
+    less = logits("matryoshka_kv:rate=0.375,calibrate=20,block=8")
     assert float((less - plain)[:, 1:].abs().max()) > 1e-3
 
 
@@ -293,7 +313,7 @@ def test_trained_bases_serve_a_model_at_every_rate(taught):
     plain = step_logits(model, ids, 28)
     gaps = []
     for options in ("rate=1", "rate=0.75", "rate=0.75,ranks=searched", "rate=0.25"):
-        got = step_logits(model, ids, 28, cache=f"matryoshka_kv:{options},basis={path}")
+        got = step_logits(model, ids, 28, cache=f"matryoshka_kv:{options},block=1,basis={path}")
         gaps.append(float((got - plain)[:, 1:].norm()))
     assert gaps[0] < 1e-3 < min(gaps[1:]) and gaps[3] > max(gaps[:3])
 
@@ -352,6 +372,7 @@ def test_other_files_are_refused(file, change):
         ({"rate": 0.2, "ranks": "searched"}, "rate must be from 0.25 to 1 with searched"),
         ({"rate": 1.5}, "got 1.5"),
         ({"calibrate": 0}, "calibrate must be at least 1"),
+        ({"block": 0}, "block must be at least 1"),
         ({"basis": "nowhere"}, "cannot read nowhere"),
     ],
 )

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.attention._trained import Trained
+from foveate.cache._tokens import Tokens
 from foveate.ops.tile import default_scale
 
 PARTS = 8
 """Ranks are counted in this many parts of the head dim."""
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values of some tokens, or their coordinates, (1, h, n, ·) each."""
 
 
 def rank(parts: int, dim: int) -> int:
@@ -56,13 +54,13 @@ class Group(NamedTuple):
     k: Axes
     v: Axes
 
-    def encoded(self, k: Tensor, v: Tensor) -> Pair:
+    def encoded(self, k: Tensor, v: Tensor) -> Tokens:
         """Coordinates of tokens k, v (1, Hkv, n, ·) in the group's heads."""
         return self.k.coordinates(k[:, self.heads]), self.v.coordinates(v[:, self.heads])
 
     def read(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, softcap: float | None
-    ) -> Pair:
+    ) -> Tokens:
         """Attention (out, lse) of the queries of the group's heads over all coordinates k, v."""
         scale = default_scale(scale, q.shape[3])
         shift: float | Tensor = 0.0
@@ -95,11 +93,3 @@ def trained_groups(
         )
         groups.append(Group(heads, k, v))
     return tuple(groups)
-
-
-def joined(old: Sequence[Pair], new: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Consecutive tokens as one, group by group."""
-    return tuple(
-        (torch.cat((k, more_k), 2), torch.cat((v, more_v), 2))
-        for (k, v), (more_k, more_v) in zip(old, new, strict=True)
-    )

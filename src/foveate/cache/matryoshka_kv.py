@@ -10,17 +10,19 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.attention._trained import Learner, ModelShape, Trainable, Trained
-from foveate.cache._axes import PARTS, Axes, Group, Pair, joined, rank, trained_groups
+from foveate.cache._axes import PARTS, Axes, Group, rank, trained_groups
 from foveate.cache._bases import STEP, Bases, parts_after
+from foveate.cache._tokens import Tokens, cut, joined, owned
 from foveate.cache.base import Store
 from foveate.registry import Card, register
 
 
 class Held(NamedTuple):
-    """What is held of one row: coordinates by group, or its first tokens where there is none."""
+    """What is held of one row: coordinates of its tokens, group by group, and the newest."""
 
     groups: tuple[Group, ...]
-    parts: tuple[Pair, ...]
+    parts: tuple[Tokens, ...]
+    newest: Tokens
 
 
 @register(
@@ -36,8 +38,8 @@ class Held(NamedTuple):
         decoding="queries are projected and outputs turned back; nothing of full width is made",
         confidence="operator, sampling and search checked against the released code; training "
         "turns the principal axes, where the paper starts from their inverse Cayley image; axes "
-        "of a row's own first tokens are an addition",
-        small={"rate": 0.5, "calibrate": 24},
+        "of a row's own first tokens are an addition, as are exact newest ones (none at block 1)",
+        small={"rate": 0.5, "calibrate": 24, "block": 8},
         full={"rate": 1.0},
     )
 )
@@ -47,9 +49,10 @@ class MatryoshkaKV(Trainable, Store):
 
     `rate` is the share of coordinates held. With ranks "even" every head holds as many, in eighths
     of the head dim; with "searched" as many as the search after training found it to need, in
-    quarters. `basis` names the file of bases that `foveate train` writes, one for every rate.
-    Without it a row holds its first `calibrate` tokens as they are, and from then on coordinates
-    along their principal axes; these count as part of what it holds.
+    quarters. The newest tokens are held as they are until there are `block` of them. `basis` names
+    the file of bases that `foveate train` writes, one for every rate. Without it a row holds its
+    first `calibrate` tokens as they are, and from then on coordinates along their principal axes;
+    these count as part of what it holds.
     """
 
     trained: ClassVar[str] = "basis"
@@ -57,11 +60,13 @@ class MatryoshkaKV(Trainable, Store):
 
     rate: float = 0.5
     ranks: Literal["even", "searched"] = "even"
+    block: int = 64
     calibrate: int = 256
     basis: str = ""
 
     def __post_init__(self) -> None:
-        ops.check_block("calibrate", self.calibrate)
+        for name in ("block", "calibrate"):
+            ops.check_block(name, getattr(self, name))
         if self.ranks not in ("even", "searched"):
             raise ValueError(f"ranks must be even or searched, got {self.ranks!r}")
         least = (1 if self.ranks == "even" else STEP) / PARTS
@@ -75,38 +80,38 @@ class MatryoshkaKV(Trainable, Store):
 
     def empty(self, k: Tensor, v: Tensor, *, layer: int) -> Held:
         """Nothing held, of keys and values like k and v (1, Hkv, n, ·)."""
-        k, v = k[:, :, :0], v[:, :, :0]
+        none = cut((k, v), 0, 0)
         if (found := self.read()) is not None:
             found.check_model(found.shape._replace(kv_heads=k.shape[1], dim=k.shape[3]))
             parts = tuple(zip(*self._parts(found)[:, layer].tolist(), strict=True))
             groups = trained_groups(found, parts, layer, k.device)
-            return Held(groups, tuple(group.encoded(k, v) for group in groups))
+            return Held(groups, tuple(group.encoded(*none) for group in groups), none)
         if self.ranks == "searched":
             raise ValueError("searched ranks are kept with trained bases: give basis=FILE")
-        return Held((), ((k, v),))
+        return Held((), (), none)
 
     def extended(self, held: Held, k: Tensor, v: Tensor) -> Held:
         """What is held once the tokens k, v (1, Hkv, n, ·) have come, too."""
-        if held.groups:
-            new = [group.encoded(k, v) for group in held.groups]
-            return Held(held.groups, joined(held.parts, new))
-        ((k, v),) = joined(held.parts, [(k, v)])
-        if k.shape[2] < self.calibrate:
-            return Held((), ((k, v),))
-        axes = (
-            Axes.leading(*ops.principal_axes(ops.moments(x[0])), rank(self._even, x.shape[3]))
-            for x in (k, v)
-        )
-        group = Group(list(range(k.shape[1])), *axes)
-        return Held((group,), (group.encoded(k, v),))
+        groups, parts, newest = held
+        newest = joined(newest, (k, v))
+        count = newest[0].shape[2]
+        if not groups and count < self.calibrate:
+            return Held((), (), newest)
+        if not groups:
+            groups = (self._principal(*newest),)
+            parts = (groups[0].encoded(*cut(newest, 0, 0)),)
+        if full := count - count % self.block:
+            old = cut(newest, 0, full)
+            pairs = zip(parts, groups, strict=True)
+            parts = tuple(joined(part, group.encoded(*old)) for part, group in pairs)
+        return Held(groups, parts, owned(cut(newest, full)))
 
     def attend(self, q: Tensor, held: Held, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """The call's own tokens as they are, merged with what is held into one softmax."""
-        causal = q.shape[2] > 1
+        """The newest tokens and those of the call as they are, merged with coordinates."""
+        k, v = joined(held.newest, (k, v))
+        own = ops.attend(q, k, v, causal=q.shape[2] > 1, return_lse=True, **options)
         if not held.groups:
-            ((k, v),) = joined(held.parts, [(k, v)])
-            return ops.attend(q, k, v, causal=causal, **options)
-        own = ops.attend(q, k, v, causal=causal, return_lse=True, **options)
+            return own[0]
         out, lse = torch.empty_like(own[0]), torch.empty_like(own[1])
         shared = q.shape[1] // k.shape[1]
         for group, part in zip(held.groups, held.parts, strict=True):
@@ -115,10 +120,10 @@ class MatryoshkaKV(Trainable, Store):
         return ops.merge([own, (out, lse)])[0]
 
     def tensors(self, held: Held) -> list[Tensor]:
-        """Coordinates, and the axes that are the row's own."""
+        """Coordinates, newest tokens, and the axes that are the row's own."""
         own = () if self.basis else held.groups
         axes = [x for group in own for x in (*group.k, *group.v)]
-        return [*axes, *(x for part in held.parts for x in part)]
+        return [*axes, *(x for part in (*held.parts, held.newest) for x in part)]
 
     def claimed_bytes(
         self,
@@ -130,18 +135,28 @@ class MatryoshkaKV(Trainable, Store):
         itemsize: int,
         exact: int | None = None,
     ) -> float:
-        """Keys and values, or their coordinates (mean over layers) and the axes of a row."""
-        if (found := self.read()) is not None:
+        """Newest tokens, coordinates of the others (mean over layers), axes of the row's own."""
+        found, axes = self.read(), 0
+        if found is not None:
             ranks = [rank(n, dim) for n in self._parts(found).flatten().tolist()]
-            return 2.0 * kv_heads * seen * itemsize * sum(ranks) / len(ranks)
-        if seen < self.calibrate:
-            return 2.0 * kv_heads * seen * itemsize * dim
-        width = rank(self._even, dim)
-        return 2.0 * kv_heads * (seen * itemsize * width + 4 * dim * (width + 1))
+            width = sum(ranks) / len(ranks)
+        else:
+            width = rank(self._even, dim)
+            axes = 4 * dim * (width + 1) if seen >= self.calibrate else 0
+        coded = seen - seen % self.block if found is not None or axes else 0
+        return 2.0 * kv_heads * ((coded * width + (seen - coded) * dim) * itemsize + axes)
 
     def learner(self, shape: ModelShape) -> Learner:
         """Bases that wait to see texts."""
         return Bases(shape, self.rate if self.ranks == "searched" else None)
+
+    def _principal(self, k: Tensor, v: Tensor) -> Group:
+        """All heads, with the principal axes of their tokens."""
+        axes = (
+            Axes.leading(*ops.principal_axes(ops.moments(x[0])), rank(self._even, x.shape[3]))
+            for x in (k, v)
+        )
+        return Group(list(range(k.shape[1])), *axes)
 
     @property
     def _even(self) -> int:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from foveate import ops
+from foveate.cache._tokens import Tokens, cut, joined, owned
 from foveate.cache.base import Store
 from foveate.ops import Quantized
 from foveate.ops.quantize import BITS
 from foveate.registry import Card, register
 
-Exact = tuple[Tensor, Tensor]
-"""Keys and values (1, Hkv, n, ·)."""
 Coded = tuple[Quantized, Quantized]
 
 
@@ -25,9 +24,9 @@ class Stairs(NamedTuple):
     A level but the last holds one block or nothing.
     """
 
-    first: Exact
+    first: Tokens
     levels: tuple[Coded | None, ...]
-    newest: Exact
+    newest: Tokens
 
 
 @register(
@@ -93,19 +92,19 @@ class SAQ(Store):
         """What is held once the tokens k, v (1, Hkv, n, ·) have come, too."""
         if v.shape[3] % self.group:
             raise ValueError(f"group {self.group} does not divide the {v.shape[3]} value channels")
-        first, newest = held.first, _joined(held.newest, (k, v))
+        first, newest = held.first, joined(held.newest, (k, v))
         if (lack := self.first - first[0].shape[2]) > 0:
-            first, newest = _joined(first, _cut(newest, 0, lack)), _cut(newest, lack)
+            first, newest = joined(first, cut(newest, 0, lack)), cut(newest, lack)
         count = (newest[0].shape[2] - self.recent) // self.block
         if count < 1 or not held.levels:
-            return Stairs(_owned(first), held.levels, _owned(newest))
-        old = _cut(newest, 0, count * self.block)
+            return Stairs(owned(first), held.levels, owned(newest))
+        old = cut(newest, 0, count * self.block)
         levels = self._stepped(held.levels, old, count)
-        return Stairs(_owned(first), levels, _owned(_cut(newest, count * self.block)))
+        return Stairs(owned(first), levels, owned(cut(newest, count * self.block)))
 
     def attend(self, q: Tensor, held: Stairs, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Exact tokens and the codes of each level, merged into one softmax."""
-        exact = _joined(held.first, held.newest, (k, v))
+        exact = joined(held.first, held.newest, (k, v))
         causal = q.shape[2] > 1
         parts = [ops.attend(q, *exact, causal=causal, return_lse=True, **options)]
         for bits, level in zip(self.bits[1:], held.levels, strict=True):
@@ -133,12 +132,12 @@ class SAQ(Store):
         """Exact tokens, and codes, scales and zeros of the others."""
         blocks = max(0, seen - self.first - self.recent) // self.block
         blocks = blocks if len(self.bits) > 1 else 0
-        steps = self.bits[1:-1][:blocks] + self.bits[-1:] * (blocks - len(self.bits) + 2)
+        steps = (self.bits[1:-1] + self.bits[-1:] * blocks)[:blocks]
         each = sum(ops.quantized_bytes(dim, n, group=self.group) for n in steps) * self.block
         return 2.0 * kv_heads * (each + (seen - blocks * self.block) * dim * itemsize)
 
     def _stepped(
-        self, levels: tuple[Coded | None, ...], new: Exact, count: int
+        self, levels: tuple[Coded | None, ...], new: Tokens, count: int
     ) -> tuple[Coded | None, ...]:
         """Levels after `count` blocks more: every block goes down through all on its way."""
         last = len(levels) - 1
@@ -153,13 +152,13 @@ class SAQ(Store):
                     down.append(moved)
         # Of the new blocks the oldest go to the end, the others to a level each.
         if (far := count - last) > 0:
-            down.append(self._lowered(_cut(new, 0, far * self.block), 0, last))
+            down.append(self._lowered(cut(new, 0, far * self.block), 0, last))
         for age in range(min(count, last)):
             start = (count - 1 - age) * self.block
-            steps[age] = self._lowered(_cut(new, start, start + self.block), 0, age)
+            steps[age] = self._lowered(cut(new, start, start + self.block), 0, age)
         return (*steps, _chained(down))
 
-    def _lowered(self, tokens: Exact, start: int, stop: int) -> Coded:
+    def _lowered(self, tokens: Tokens, start: int, stop: int) -> Coded:
         """Tokens quantised for the levels start … stop, one after the other."""
         for at in range(start, stop + 1):
             bits = self.bits[at + 1]
@@ -170,7 +169,7 @@ class SAQ(Store):
             tokens = self._read(coded, at)
         return coded
 
-    def _read(self, coded: Coded, at: int) -> Exact:
+    def _read(self, coded: Coded, at: int) -> Tokens:
         """Values of the codes of a level."""
         bits = self.bits[at + 1]
         groups = self.key_tile, (1, self.group)
@@ -178,22 +177,6 @@ class SAQ(Store):
             ops.dequantize(x, bits, group=group) for x, group in zip(coded, groups, strict=True)
         )
         return k, v
-
-
-def _joined(*parts: Exact) -> Exact:
-    """Consecutive tokens as one."""
-    keys, values = zip(*parts, strict=True)
-    return torch.cat(keys, 2), torch.cat(values, 2)
-
-
-def _cut(x: Exact, start: int, stop: int | None = None) -> Exact:
-    return x[0][:, :, start:stop], x[1][:, :, start:stop]
-
-
-def _owned(x: Exact) -> Exact:
-    """Copies: a view would hold on to all that it was cut from."""
-    k, v = (t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in x)
-    return k, v
 
 
 def _chained(parts: list[Coded]) -> Coded | None:
