@@ -37,6 +37,14 @@ def test_a_prompt_takes_at_most_its_share(count, share, dtype):
     assert 0.75 * min(share, 0.2) <= held_bytes(Auto(share=share), count, 64, dtype) <= share
 
 
+@pytest.mark.parametrize("share", [0.6, 0.33, 0.21, 0.1])
+def test_no_length_takes_more_than_its_share(share):
+    """Whatever the rest of the last block."""
+    policy, sizes = Auto(share=share), {"kv_heads": 1, "dim": 64, "itemsize": 4}
+    for count in range(1024, 1400):
+        assert policy.claimed_bytes(count, count, **sizes) <= share * count * 2 * 64 * 4
+
+
 @pytest.mark.parametrize(
     ("share", "itemsize", "bits", "kept"),
     [
@@ -45,8 +53,8 @@ def test_a_prompt_takes_at_most_its_share(count, share, dtype):
         (0.25, 4, (16, 4), 1024),
         (0.6, 2, (16, 8), 1024),
         (0.5, 2, (16, 4), 1024),
-        # What 67 exact tokens leave of 256 holds 189 / 0.3125 tokens of 4 bits and two bytes each.
-        (0.25, 2, (16, 4), 671),
+        # What 36 exact tokens leave of 256 holds 22 blocks of 32 tokens, of 10 each.
+        (0.25, 2, (16, 4), 740),
     ],
 )
 def test_bits_go_first_and_tokens_only_where_four_bits_are_too_many(share, itemsize, bits, kept):

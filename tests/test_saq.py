@@ -94,6 +94,15 @@ def test_what_is_held_is_not_held_by_a_view():
         assert x.untyped_storage().nbytes() == x.nbytes
 
 
+@pytest.mark.parametrize("bits", [(16,), (16, 4), (16, 8, 4, 2)])
+@pytest.mark.parametrize("count", [3, 20, 75])
+def test_claims_the_bytes_it_holds(bits, count):
+    policy = SAQ(bits=bits, block=8, group=8, recent=3, first=2)
+    held = held_after(policy, *tokens(count), ())
+    found = sum(x.untyped_storage().nbytes() for x in policy.tensors(held))
+    assert found == policy.claimed_bytes(count, count, kv_heads=HEADS, dim=DIM, itemsize=4)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -99,17 +99,26 @@ class Auto(Store):
         options: dict[str, Any] = {"block": self.recent, "recent": self.recent}
         options["group"] = math.gcd(dim, self.recent, 32)
         found = [SAQ(bits=bits, **options) for bits in ((16,), (16, 8), (16, 4))]
-        fits = (x for x in found if self._kept(_LENGTH, x, dim, itemsize) == _LENGTH)
-        return next(fits, found[-1])
+        fit = (x for x in found if self._fits(_LENGTH, x, dim, itemsize))
+        return next(fit, found[-1])
 
     def _of(self, k: Tensor) -> SAQ:
         """What holds tokens like k."""
         return self.stairs(k.shape[3], k.element_size())
 
+    def _fits(self, prompt: int, stairs: SAQ, dim: int, itemsize: int) -> bool:
+        """Whether all of a prompt can be held."""
+        held = stairs.claimed_bytes(prompt, prompt, kv_heads=1, dim=dim, itemsize=itemsize)
+        return held <= self.share * prompt * 2 * dim * itemsize
+
     def _kept(self, prompt: int, stairs: SAQ, dim: int, itemsize: int) -> int:
         """Tokens of a prompt that are held."""
-        exact, each = stairs.first + stairs.recent + stairs.block - 1, float(dim * itemsize)
+        if prompt <= self.least or self._fits(prompt, stairs, dim, itemsize):
+            return prompt
+        exact, coded = stairs.first + stairs.recent, float(dim * itemsize)
         if stairs.bits[1:]:
-            each = ops.quantized_bytes(dim, stairs.bits[1], group=stairs.group)
-        room = exact + (self.share * prompt - exact) * dim * itemsize / each
-        return min(prompt, max(int(room), self.least))
+            coded = ops.quantized_bytes(dim, stairs.bits[1], group=stairs.group)
+        # Whole blocks beside the exact tokens use the room best.
+        room = (self.share * prompt - exact) * dim * itemsize / coded
+        blocks = min(int(room), prompt - exact) // stairs.block
+        return max(exact + blocks * stairs.block, self.least)

@@ -27,15 +27,19 @@ class Judged(NamedTuple):
     share: float
 
 
-def judge(policy: Any, prompt: int, then: int, skips: Sequence[int] = (0,)) -> Judged:
-    """How a policy serves: `prompt` tokens compressed at once, `then` scored in one call after.
+def judge(
+    policy: Any, prompt: int, then: int, skips: Sequence[int] = (0,), *, step: int | None = None
+) -> Judged:
+    """How a policy serves: `prompt` tokens compressed at once, `then` scored after.
 
-    The texts start `skips` tokens into the built-in text.
+    These come `step` tokens a call, all in one by default. The texts start `skips` tokens into the
+    built-in text.
     """
+    step = then if step is None else step
     found = torch.zeros(4, dtype=torch.float64)
     for skip in skips:
-        logits, held = _after(policy, prompt, then, skip)
-        full, whole = _dense(prompt, then, skip)
+        logits, held = _after(policy, prompt, then, skip, step)
+        full, whole = _dense(prompt, then, skip, step)
         targets = text_ids(prompt + then + 1, skip)[0, prompt + 1 :]
         loss = torch.nn.functional.cross_entropy(logits, targets)
         figures = (float(loss), *divergence(full, logits), held / whole)
@@ -45,17 +49,20 @@ def judge(policy: Any, prompt: int, then: int, skips: Sequence[int] = (0,)) -> J
 
 
 @cache
-def _dense(prompt: int, then: int, skip: int) -> tuple[Tensor, int]:
-    return _after(None, prompt, then, skip)
+def _dense(prompt: int, then: int, skip: int, step: int) -> tuple[Tensor, int]:
+    return _after(None, prompt, then, skip, step)
 
 
 @torch.inference_mode()
-def _after(policy: Any, prompt: int, then: int, skip: int) -> tuple[Tensor, int]:
+def _after(policy: Any, prompt: int, then: int, skip: int, step: int) -> tuple[Tensor, int]:
     """Logits (then, vocabulary) of the tokens after the prompt, bytes held before them."""
     model, _ = loaded()
     ids = text_ids(prompt + then + 1, skip)[:, : prompt + then]
     with attach(model, cache=policy):
         store = body(model)(ids[:, :prompt], use_cache=True).past_key_values
         held = sum(x.nbytes() for x in store.layers if isinstance(x, Stateful))
-        out = body(model)(ids[:, prompt:], past_key_values=store, use_cache=True)
-    return head_logits(model, out.last_hidden_state[0]), held
+        states = [
+            body(model)(part, past_key_values=store, use_cache=True).last_hidden_state[0]
+            for part in ids[:, prompt:].split(step, 1)
+        ]
+    return head_logits(model, torch.cat(states)), held
