@@ -28,7 +28,8 @@ _PARTS = ("", "_scale", "_zero")
         paper=118,
         cost="2·bits/8 bytes a channel and 4 bytes a group, for keys and values; "
         "O(n·D·log D) per decoded token",
-        decoding="all keys and values are decoded at each step; decoded tokens are quantised too",
+        decoding="all keys and values are decoded at each step, which takes longer than reading a "
+        "full cache (`quarot` is read as it lies); decoded tokens are quantised too",
         confidence="operators checked against the released code; whether the paper keeps a "
         "recent window in full precision was not (the code keeps none)",
         small={"bits": 2, "sinks": 2},
