@@ -76,9 +76,9 @@ def charts(results: Record) -> list[dict[str, Any]]:
     for chart in CHARTS:
         lines = []
         for line in figures(results, [chart.column]).values():
-            cells = [cell for _, (cell,) in line]
-            texts = [f"{cell.text} {chart.column.unit}".strip() for cell in cells]
-            lines.append({"values": [cell.value for cell in cells], "texts": texts})
+            cells = [only for _, (only,) in line]
+            texts = [f"{x.text} {chart.column.unit}".strip() for x in cells]
+            lines.append({"values": [x.value for x in cells], "texts": texts})
         axis = {"title": chart.title, "axis": chart.axis, "ticks": chart.ticks}
         drawn.append(axis | {"lines": lines})
     return drawn
@@ -86,12 +86,12 @@ def charts(results: Record) -> list[dict[str, Any]]:
 
 def markdown(results: Record) -> str:
     """The decisive columns at the longest length as a table in Markdown."""
-    machine, head = results["machine"], [f"{c.title}, {c.unit}" for c in (HELD, RATE)]
+    machine = results["machine"]
     lines = [
         f"{longest(results):,} tokens, {results['settings']['decode_tokens']} decoded after them; "
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.",
         "",
-        f"| mechanism | {' | '.join(head)} (of dense) | perplexity (Δ) | needles |",
+        "| mechanism | KV cache, MB (of dense) | tokens/s (of dense) | perplexity (Δ) | needles |",
         "|---" * 5 + "|",
     ]
     for spec, record in summaries(results).items():
