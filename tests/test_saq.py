@@ -94,6 +94,17 @@ def test_what_is_held_is_not_held_by_a_view():
         assert x.untyped_storage().nbytes() == x.nbytes
 
 
+def test_at_two_bits_a_narrower_range_holds_normal_numbers_better():
+    k, v = tokens(32 * 20)
+    off = {}
+    for clip in (None, 1.0, 0.7, 0.4):
+        policy = SAQ(bits=(16, 2), block=32, recent=0, first=0, clip=clip)
+        off[clip] = float((read(policy, held_after(policy, k, v, ()))[0] - k).square().mean())
+    assert off[None] == off[0.7] < 0.75 * off[1.0] and off[0.7] < off[0.4]
+    four = [SAQ(block=32, recent=0, first=0, clip=clip) for clip in (None, 1.0)]
+    assert torch.equal(*(read(x, held_after(x, k, v, ()))[0] for x in four))
+
+
 @pytest.mark.parametrize("bits", [(16,), (16, 4), (16, 8, 4, 2)])
 @pytest.mark.parametrize("count", [3, 20, 75])
 def test_claims_the_bytes_it_holds(bits, count):
@@ -113,6 +124,7 @@ def test_claims_the_bytes_it_holds(bits, count):
         ({"block": 48, "group": 32}, "group must divide the block"),
         ({"recent": -1}, "recent must be at least 0"),
         ({"block": 0}, "block"),
+        ({"clip": 0.0}, "clip must be above 0 and at most 1, got 0.0"),
     ],
 )
 def test_refuses_bad_options(options, said):

@@ -53,8 +53,9 @@ class SAQ(Store):
 
     The `recent` newest tokens, and up to `block` before them, are exact. A full block takes
     bits[1]; each further block pushes it one level down, until it joins all that have bits[-1].
-    Keys share a scale over `group` tokens of a channel, values over `group` channels of a token.
-    The `first` tokens of a row stay exact.
+    Keys share a scale over `group` tokens of a channel, values over `group` channels of a token;
+    their range is clipped by `clip` (None: 0.7 at 2 bits, else 1). The `first` tokens of a row stay
+    exact.
     """
 
     bits: tuple[int, ...] = (16, 4)
@@ -62,6 +63,7 @@ class SAQ(Store):
     group: int = 32
     recent: int = 64
     first: int = 4
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("block", "group"):
@@ -69,6 +71,8 @@ class SAQ(Store):
         for name in ("recent", "first"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be above 0 and at most 1, got {self.clip}")
         if self.block % self.key_tile[0]:
             raise ValueError(f"group must divide the block of {self.block}, got {self.group}")
         steps = self.bits[1:]
@@ -162,9 +166,12 @@ class SAQ(Store):
         """Tokens quantised for the levels start … stop, one after the other."""
         for at in range(start, stop + 1):
             bits = self.bits[at + 1]
+            # The four levels that fit normal numbers best end at 1.5 deviations; the largest of 32
+            # such numbers lies at 2.1.
+            clip = self.clip or (0.7 if bits == 2 else 1.0)
             coded = (
-                ops.quantize(tokens[0], bits, group=self.key_tile),
-                ops.quantize(tokens[1], bits, group=self.group),
+                ops.quantize(tokens[0], bits, group=self.key_tile, clip=clip),
+                ops.quantize(tokens[1], bits, group=self.group, clip=clip),
             )
             tokens = self._read(coded, at)
         return coded
