@@ -57,10 +57,11 @@ def expected_loss(
 ) -> Tensor:
     """Expected KL to dense attention (candidate 0), nats per token, of single changes.
 
-    -> (layers, kv_heads, n). The second-order estimate ½ (g·Δ)², mean over the tokens of ids
-    (1, L): Δ is what a candidate changes in a head's output, g the gradient of the loss of next
-    tokens that the model itself drew (so that its square is the Fisher information). One backward
-    pass for all. Layers with a window of the model's own lose infinitely much under anything else.
+    -> (layers, kv_heads, n). The second-order estimate ½ (g·Δ)², mean over the later half of ids
+    (1, L), for a budget leaves nothing out of what is short: Δ is what a candidate changes in a
+    head's output, g the gradient of the loss of next tokens that the model itself drew (so that its
+    square is the Fisher information). One backward pass for all. Layers with a window of the
+    model's own lose infinitely much under anything else.
     """
     tap = _Tap(seen={}, leaves={})
     with torch.enable_grad(), attach(model, prefill=tap):
@@ -78,7 +79,7 @@ def expected_loss(
         for c, candidate in enumerate(candidates[1:], 1):
             change = (_run(candidate, seen) - seen.out) * grads[layer]
             felt = change.sum(-1)[0].unflatten(0, (seen.k.shape[1], -1)).sum(1)
-            found[layer, :, c] = felt.square().mean(-1) / 2
+            found[layer, :, c] = felt[:, felt.shape[1] // 2 :].square().mean(-1) / 2
     return found
 
 
