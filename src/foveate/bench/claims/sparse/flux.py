@@ -20,21 +20,22 @@ from foveate.tasks.train import fit
 
 CLAIM = "routers keep more layers full for recall over a distance than for local text"
 
-_LENGTH, _LAYERS, _HALF = 128, 4, 32
+_LENGTH, _LAYERS, _KEYS, _VALUES, _WORDS = 128, 2, 16, 4, 64
+_PAIRS = _KEYS * _VALUES
 
 
 def measure() -> Outcome:
     """Share of full layers for fresh prompts of two tasks, under one and the same target."""
-    model = toy(vocabulary=4 * _HALF, length=_LENGTH, layers=_LAYERS)
+    model = toy(vocabulary=_PAIRS + _KEYS + _WORDS, length=_LENGTH, layers=_LAYERS)
 
     def loss(step: int) -> Tensor:
         return text_loss(model, torch.cat((recall(8, 2 * step), local(8, 2 * step + 1))))
 
-    learned = fit(model.parameters(), loss, steps=300, lr=4e-3)
+    learned = fit(model.parameters(), loss, steps=400, lr=3e-3)
     # Both tasks have the same target, so that only the model's loss can tell them apart.
     mechanism = Flux(sinks=1, window=8, block=8, pool=16, targets=(1.0, 1.0))
     texts = [recall(100, 5000), local(100, 5001)]
-    routed = train(model, mechanism, texts, steps=120, lr=1e-3)
+    routed = train(model, mechanism, texts, steps=400, lr=1e-3)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "routers"
         routed.write(file)
@@ -47,22 +48,24 @@ def measure() -> Outcome:
 
 
 def recall(rows: int, seed: int) -> Tensor:
-    """Pairs of a key and its value; 16 keys keep their values throughout a row: (rows, 128)."""
+    """16 pairs, each one token, then keys, each followed by its pair once more: (rows, 128)."""
     made = torch.Generator().manual_seed(seed)
-    values = torch.rand(rows, _HALF, generator=made).argsort(1)[:, :16]
-    turns = torch.stack([torch.rand(rows, 16, generator=made).argsort(1) for _ in range(4)], 1)
-    asked = turns.flatten(1)
-    return torch.stack((asked, values.gather(1, asked) + _HALF), -1).flatten(1)
+    values = torch.randint(_VALUES, (rows, _KEYS), generator=made)
+    pairs = torch.arange(_KEYS) * _VALUES + values
+    shuffled = pairs.gather(1, torch.rand(rows, _KEYS, generator=made).argsort(1))
+    asked = torch.randint(_KEYS, (rows, (_LENGTH - _KEYS) // 2), generator=made)
+    answered = torch.stack((_PAIRS + asked, pairs.gather(1, asked)), -1)
+    return torch.cat((shuffled, answered.flatten(1)), 1)
 
 
 def local(rows: int, seed: int) -> Tensor:
     """Each token is followed by one of two, always the same two: (rows, 128)."""
     made = torch.Generator().manual_seed(seed)
-    table = torch.randint(2 * _HALF, (2 * _HALF, 2), generator=torch.Generator().manual_seed(0))
-    ids = [torch.randint(2 * _HALF, (rows,), generator=made)]
+    table = torch.randint(_WORDS, (_WORDS, 2), generator=torch.Generator().manual_seed(0))
+    ids = [torch.randint(_WORDS, (rows,), generator=made)]
     for _ in range(_LENGTH - 1):
         ids.append(table[ids[-1], torch.randint(2, (rows,), generator=made)])
-    return torch.stack(ids, 1) + 2 * _HALF
+    return torch.stack(ids, 1) + _PAIRS + _KEYS
 
 
 @torch.no_grad()
