@@ -37,8 +37,9 @@ def dense(builtin, text):
 @pytest.mark.parametrize("spec", LOSSLESS)
 def test_full_budget_equals_dense_on_the_built_in_model(builtin, text, dense, spec):
     got = logits(builtin[0], text, **slots_of(spec))
-    # sage2 sums on its own, not by the primitive: it rounds differently, as the plain model does.
-    bound = 1e-4 if spec.startswith("sage2") else 1e-5
+    # sage2 sums on its own, not by the primitive, and what turns keys and values has them other
+    # than they were: such rounding differs, as it does in the plain model.
+    bound = 1e-4 if spec.startswith(("sage2", "matryoshka_kv", "quarot")) else 1e-5
     torch.testing.assert_close(got, dense, rtol=bound, atol=bound)
 
 

@@ -54,7 +54,7 @@ class Settings:
     lengths: tuple[int, ...] = (4096,)
     decode_tokens: int = 128
     repeats: int = 3
-    scored: int = 256
+    scored: int = 1024
     needle_depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     needle_tokens: int = 2048
     max_loss: float = 1.0
