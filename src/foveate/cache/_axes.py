@@ -24,7 +24,10 @@ def rank(parts: int, dim: int) -> int:
 
 
 class Axes(NamedTuple):
-    """The leading axes of some kv heads: orthonormal columns (h, D, r) around a mean (h, D)."""
+    """The leading axes of some kv heads: orthonormal columns (h, D, r) around a mean (h, D).
+
+    Turning there and back is done in float64, so that it loses nothing beside the dropped axes.
+    """
 
     basis: Tensor
     mean: Tensor
@@ -36,14 +39,14 @@ class Axes(NamedTuple):
 
     def coordinates(self, x: Tensor, *, centred: bool = True) -> Tensor:
         """Of x (B, h·g, n, D), g heads to each of the h: (B, h·g, n, r), in the dtype of x."""
-        wide = x.float().unflatten(1, (len(self.basis), -1))
+        wide = x.double().unflatten(1, (len(self.basis), -1))
         wide = wide - self.mean[:, None, None] if centred else wide
-        return (wide @ self.basis[:, None]).flatten(1, 2).to(x.dtype)
+        return (wide @ self.basis[:, None].double()).flatten(1, 2).to(x.dtype)
 
     def restored(self, coordinates: Tensor) -> Tensor:
         """The points (B, h·g, n, D) with such coordinates (B, h·g, n, r)."""
-        wide = coordinates.float().unflatten(1, (len(self.basis), -1))
-        back = wide @ self.basis.mT[:, None] + self.mean[:, None, None]
+        wide = coordinates.double().unflatten(1, (len(self.basis), -1))
+        back = wide @ self.basis.mT[:, None].double() + self.mean[:, None, None]
         return back.flatten(1, 2).to(coordinates.dtype)
 
 
@@ -66,13 +69,14 @@ class Group(NamedTuple):
         shift: float | Tensor = 0.0
         if softcap is None:
             # The mean of the keys adds the same to all logits of a query: it moves the lse alone.
+            # It may be large, and an error in an lse is one of weights: float64.
             mean = self.k.mean.repeat_interleave(q.shape[1] // len(self.heads), 0)
-            shift = scale * (q.float() @ mean[..., None]).squeeze(-1)
+            shift = scale * (q.double() @ mean.double()[..., None]).squeeze(-1)
             q = self.k.coordinates(q, centred=False)
         else:  # a capped logit is no sum of two: it needs the keys whole
             k = self.k.restored(k)
         out, lse = ops.attend(q, k, v, scale=scale, softcap=softcap, return_lse=True)
-        return self.v.restored(out), lse + shift
+        return self.v.restored(out), (lse + shift).to(lse.dtype)
 
 
 @lru_cache(maxsize=256)
