@@ -102,22 +102,23 @@ def train(
             text = text_loss(model, windows[at][1], own_states, learner.distil)
         return learner.loss(step / steps, text, task)
 
-    def hidden(ids: Tensor) -> Tensor:
-        """The model's last hidden states."""
-        with torch.no_grad():
-            states: Tensor = body(model)(ids, use_cache=False).last_hidden_state
-        return states
-
     with _frozen(model), attach(model, prefill=place):
         if not learner.through_model or mechanism.calibrates:
             for i, (_, ids) in enumerate(windows):
-                states = hidden(ids)
+                states = _last_states(model, ids)
                 known += [states] if learner.distil else []
                 tell("watching the model", i + 1, len(windows))
             learner.watched()
         losses = _fitted(learner.parameters(), loss, steps, lr, tell) if steps else []
-        learner.finish(lambda: hidden(windows[0][1][:, :_PROBE]), tell)
+        learner.finish(lambda: _last_states(model, windows[0][1][:, :_PROBE]), tell)
     return Training(mechanism, learner, shape, losses)
+
+
+@torch.no_grad()
+def _last_states(model: Any, ids: Tensor) -> Tensor:
+    """The model's last hidden states (B, T, width)."""
+    states: Tensor = body(model)(ids, use_cache=False).last_hidden_state
+    return states
 
 
 def _fitted(
@@ -177,8 +178,7 @@ def adapt(
     """
     known = []
     for i, row in enumerate(ids):
-        with torch.no_grad():
-            known.append(body(model)(row[None], use_cache=False).last_hidden_state)
+        known.append(_last_states(model, row[None]))
         tell("watching the model", i + 1, len(ids))
     with _frozen(model), conversion.apply(model) as converted:
 
