@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-
-class Batch(NamedTuple):
-    """Rows of a task: inputs (n, L), targets (n, L), and which positions count (n, L) bool."""
-
-    inputs: Tensor
-    targets: Tensor
-    mask: Tensor
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Mean cross-entropy of logits (n, L, vocabulary) where targets count."""
-        return cross_entropy(logits[self.mask], self.targets[self.mask])
-
-    def accuracy(self, logits: Tensor) -> float:
-        """Share of counting positions whose largest logit is the target's."""
-        return float((logits.argmax(-1) == self.targets)[self.mask].float().mean())
+from foveate.tasks.batch import Batch, check_at_least
 
 
 def mqar(
@@ -67,9 +49,7 @@ def _check(
     rows: int, length: int, pairs: int, vocabulary: int, spread: float, passes: int, slots: int
 ) -> None:
     """Refuse sizes that do not fit together."""
-    for name, value in (("rows", rows), ("pairs", pairs), ("passes", passes)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, rows=rows, pairs=pairs, passes=passes)
     if spread <= 0:
         raise ValueError(f"spread must be above 0, got {spread}")
     if length % 2 or slots < pairs:

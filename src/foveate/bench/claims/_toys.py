@@ -14,7 +14,8 @@ from foveate.bench.claims import Outcome
 from foveate.hf.text import builtin_text
 from foveate.nn._attention import AttentionLayer
 from foveate.ops import Mask
-from foveate.tasks.mqar import Batch, mqar
+from foveate.tasks.batch import Batch
+from foveate.tasks.mqar import mqar
 from foveate.tasks.train import fit
 
 
