@@ -14,9 +14,9 @@ from torch import Tensor
 from foveate import ops
 from foveate.attention.base import Call
 from foveate.bench.peak import prefill_bytes
-from foveate.bench.runs import body, head_logits
 from foveate.bench.timing import paired
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 from foveate.registry import create
 
 # The shape of one attention layer of the built-in model.

@@ -15,18 +15,10 @@ from torch import Tensor
 from foveate.bench import needles
 from foveate.bench.machine import machine
 from foveate.bench.maps import block_map
-from foveate.bench.runs import (
-    Recording,
-    Run,
-    answer,
-    body,
-    divergence,
-    head_logits,
-    perplexity,
-    run,
-)
+from foveate.bench.runs import Recording, Run, answer, divergence, perplexity, run
 from foveate.bench.store import SCHEMA, Json, Results, now
 from foveate.bench.summary import summarise
+from foveate.hf.parts import body, head_logits
 from foveate.hf.plan import attention_plan, cache_plan, python_line, slots_of
 from foveate.hf.planfile import load_plan
 from foveate.hf.text import encode, text_sha256

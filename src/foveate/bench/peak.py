@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from foveate.bench.runs import body
 from foveate.hf.attach import attach
 from foveate.hf.builtin import load_builtin
+from foveate.hf.parts import body
 from foveate.hf.plan import slots_of
 from foveate.hf.text import builtin_text, encode
 

@@ -16,6 +16,7 @@ from foveate.attention.base import Record
 from foveate.bench.maps import CELLS, block_map
 from foveate.hf.attach import attach
 from foveate.hf.layers import Stateful, storage_bytes
+from foveate.hf.parts import body, head_logits
 
 # Rows of logits made at once: a whole prompt of logits over a large vocabulary fills the memory.
 _ROWS = 256
@@ -80,20 +81,6 @@ class WatchedCache(DynamicCache):
         held = [x for layer in self.layers if isinstance(layer, Stateful) for x in layer.tensors()]
         self.peak = max(self.peak, storage_bytes([*held, *given]))
         return given
-
-
-def body(model: Any) -> Any:
-    """The model without its language-model head."""
-    return model.get_decoder()
-
-
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) in float32 of hidden states (n, width), as the model makes them."""
-    logits = model.get_output_embeddings()(hidden)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits.float()
 
 
 @torch.inference_mode()

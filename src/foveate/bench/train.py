@@ -22,9 +22,9 @@ from foveate.attention._trained import (
     write_trained,
 )
 from foveate.attention.base import Attention, Call, Result, dense_result
-from foveate.bench.runs import body, head_logits
 from foveate.hf.attach import attach
 from foveate.hf.convert import Conversion, Converted
+from foveate.hf.parts import body, head_logits
 from foveate.registry import Card, create, find, lookup, parse
 from foveate.tasks.train import fit
 

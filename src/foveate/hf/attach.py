@@ -18,7 +18,7 @@ from foveate.hf.adopt import adopt, announce, rotary_tables
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import PolicyLayer
-from foveate.hf.masks import layer_mask, understand
+from foveate.hf.masks import layer_mask, refuse, understand
 from foveate.hf.plan import attention_plan, cache_plan
 from foveate.hf.planfile import Plan, load_plan
 from foveate.hf.tails import Prefix, TailLayer, follow
@@ -26,8 +26,6 @@ from foveate.registry import create
 
 _NAME = "foveate"
 _attached: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
-# Arguments of attention functions that change the result and that no mechanism understands.
-_FOREIGN = ("s_aux", "position_bias")
 
 
 def attach(
@@ -248,14 +246,7 @@ def _attend(
             "this model shares its config object with an attached model: detach that one first, "
             "or build the models from separate configs"
         )
-    if dropout:
-        raise ValueError(
-            f"attention dropout {dropout} is not supported while attached: call model.eval() or "
-            "set attention_dropout to 0"
-        )
-    for name in _FOREIGN:
-        if options.get(name) is not None:
-            raise ValueError(f"this model's attention takes {name}, which attach does not support")
+    refuse(dropout, options)
     out = attachment.attend(module, query, key, value, attention_mask, scaling, options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -304,6 +295,8 @@ def _decoder_of(model: Any) -> Any:
             f"{name} does not go through transformers' attention interface: its attention cannot "
             "be exchanged from outside"
         )
+    if decoder.config._attn_implementation_internal == "foveate_watch":
+        raise RuntimeError(f"{name} is under watch: leave that block first")
     if is_attached(decoder):
         raise RuntimeError(f"{name} is already attached: leave that block or call detach() first")
     return decoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from transformers.masking_utils import (
 
 from foveate import ops
 from foveate.ops import Mask
+
+# Arguments of attention functions that change the result and that nothing here understands.
+_FOREIGN = ("s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,15 @@ def understand(attention_mask: Any, causal: bool, q_len: int) -> LayerMask:
             )
         seen = ~hidden
     return LayerMask(False, ops.dense(seen), None)
+
+
+def refuse(dropout: float, options: Mapping[str, Any]) -> None:
+    """ValueError for what a model asks of its attention and would not get."""
+    if dropout:
+        raise ValueError(
+            f"attention dropout {dropout} is not supported here: call model.eval() or set "
+            "attention_dropout to 0"
+        )
+    for name in _FOREIGN:
+        if options.get(name) is not None:
+            raise ValueError(f"this model's attention takes {name}, which is not supported")

@@ -21,6 +21,7 @@ from foveate.ops.layout import (
 )
 from foveate.ops.linear_attention import linear_attention_global
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
+from foveate.ops.measure import RowStats, attend_T, attention_rows, row_stats
 from foveate.ops.merge import merge
 from foveate.ops.mix import mix
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
@@ -41,11 +42,14 @@ __all__ = [
     "Normalizer",
     "Quantized",
     "Relu",
+    "RowStats",
     "Sigmoid",
     "Softmax",
     "TileGrid",
     "attend",
+    "attend_T",
     "attend_quantized",
+    "attention_rows",
     "backend",
     "block_mass",
     "block_sparse",
@@ -81,6 +85,7 @@ __all__ = [
     "quantized_bytes",
     "radial",
     "rope",
+    "row_stats",
     "scan",
     "sinks",
     "strided",

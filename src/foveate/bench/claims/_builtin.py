@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.bench.runs import Recording, body, divergence, head_logits, perplexity
+from foveate.bench.runs import Recording, divergence, perplexity
 from foveate.hf.attach import attach
 from foveate.hf.builtin import load_builtin
+from foveate.hf.parts import body, head_logits
 from foveate.hf.text import builtin_text, encode
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import body, divergence, head_logits
+from foveate.bench.runs import divergence
 from foveate.hf.attach import attach
 from foveate.hf.layers import Stateful
+from foveate.hf.parts import body, head_logits
 
 
 class Judged(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveate.attention.base import Record
 from foveate.bench.claims._builtin import loaded
-from foveate.bench.runs import body, head_logits
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 
 
 class Prompt:

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from foveate import ops
 from foveate.attention.base import Attention, Call, Result
 from foveate.attention.sparse.moa import MoA, band
-from foveate.bench.runs import body, head_logits
 from foveate.bench.tune.allocate import allocate
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 from foveate.ops.tile import cap, default_scale
 from foveate.registry import Card
 

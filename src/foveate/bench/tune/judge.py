@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from foveate.bench import needles
-from foveate.bench.runs import answer, body, divergence, head_logits, perplexity
+from foveate.bench.runs import answer, divergence, perplexity
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 
 _SCORED, _DEPTHS = 512, (0.1, 0.3, 0.5, 0.7, 0.9)
 

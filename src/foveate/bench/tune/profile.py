@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from foveate.attention.base import Attention, Call, Result, dense_result
-from foveate.bench.runs import body, head_logits
 from foveate.bench.tune.influence import mean_loss
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 from foveate.registry import Card
 
 # Logits sampled from at a time; rounds of timing.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from foveate.bench.machine import machine
-from foveate.bench.runs import body
 from foveate.bench.store import (
     Json,
     check_writable,
@@ -28,6 +27,7 @@ from foveate.bench.tune.judge import Judge
 from foveate.bench.tune.profile import expected_loss, seconds
 from foveate.bench.tune.search import SEARCHERS
 from foveate.hf.attach import attach
+from foveate.hf.parts import body
 from foveate.hf.planfile import Plan, shape_of
 from foveate.hf.text import encode
 from foveate.registry import create

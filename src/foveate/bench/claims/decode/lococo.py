@@ -11,10 +11,10 @@ from torch import Tensor
 from foveate.attention._trained import InTraining
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import body, head_logits
 from foveate.bench.train import train
 from foveate.cache.lococo import LoCoCo
 from foveate.hf.attach import attach
+from foveate.hf.parts import body, head_logits
 
 CLAIM = "trained mixtures in half of the slots predict held-out text better than eviction alone"
 

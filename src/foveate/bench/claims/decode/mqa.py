@@ -9,10 +9,11 @@ from torch import Tensor
 
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import body, perplexity
+from foveate.bench.runs import perplexity
 from foveate.bench.timing import paired
 from foveate.bench.train import train
 from foveate.hf.convert import Conversion
+from foveate.hf.parts import body
 from foveate.nn.decode.mqa import MQA
 
 CLAIM = "the fewer key and value heads, the fewer bytes a step reads and the faster it is"

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import body, head_logits
 from foveate.hf.attach import attach
 from foveate.hf.layers import Stateful
+from foveate.hf.parts import body, head_logits
 from foveate.hf.prefix import prefix
 from foveate.hf.tails import Prefix
 

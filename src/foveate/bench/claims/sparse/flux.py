@@ -13,9 +13,9 @@ from foveate.attention.base import Record
 from foveate.attention.sparse.flux import Flux
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._toys import toy
-from foveate.bench.runs import body
 from foveate.bench.train import text_loss, train
 from foveate.hf.attach import attach
+from foveate.hf.parts import body
 from foveate.tasks.train import fit
 
 CLAIM = "routers keep more layers full for recall over a distance than for local text"

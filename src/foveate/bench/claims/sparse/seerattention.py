@@ -11,9 +11,9 @@ from foveate.attention.base import Call
 from foveate.attention.sparse.seerattention import Distilled, SeerAttention, _gate
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import body
 from foveate.bench.train import train
 from foveate.hf.attach import attach
+from foveate.hf.parts import body
 
 CLAIM = "a trained gate finds more of the blocks that matter most than mean-pooled q·k"
 
