@@ -10,7 +10,7 @@ from foveate.bench.claims import run
 from foveate.report import claims as page
 
 # Compared with by everyone, but no papers of the list.
-BASELINES = {"auto", "h2o", "quarot", "snapkv", "window"}
+BASELINES = {"auto", "core_stats", "h2o", "quarot", "snapkv", "window"}
 
 
 @pytest.fixture

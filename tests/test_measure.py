@@ -53,6 +53,9 @@ def test_row_and_column_statistics_are_those_of_the_map(name, visible, lengths, 
         close(mass[..., 0], p.sum(2), dtype)
         turned = ops.attend_T(q, k, stats.lse, rows, softcap=softcap, **options)
         close(turned, p.mT @ rows.double(), dtype)
+    counts = ops.visible_counts(*lengths, **options)
+    for got, want in zip(counts, ((p > 0).sum(-1), (p > 0).sum(2)), strict=True):
+        assert torch.equal(got.expand_as(want), want)
     some = torch.tensor([0, lengths[0] - 1])
     close(ops.attention_rows(q, k, some, softcap=softcap, **options), p[:, :, some], dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -19,6 +20,8 @@ from typing import Any, TypeVar, cast
 KINDS = ("attention", "module", "cache", "intervention", "analysis")
 PATTERNS = ("noncausal self", "causal self", "noncausal cross", "causal cross")
 PRETRAINED = ("exact", "approximate", "fine-tune", "scratch")
+# Packages that some mechanisms need, and the extra that brings each.
+_EXTRAS = {"transformers": "hf"}
 _FOLDERS = ("attention", "nn", "cache", "steer", "analysis")
 _classes: dict[str, type] = {}
 
@@ -105,9 +108,21 @@ def names() -> list[str]:
 
 
 def lookup(name: str) -> Any:
-    """The registered class of a mechanism; ValueError suggests the nearest name."""
+    """The registered class of a mechanism; ValueError suggests the nearest name.
+
+    ImportError, naming the extra, when it works on transformers models and these are not here.
+    """
     if name not in _classes and name in _modules():
-        importlib.import_module(_modules()[name])
+        try:
+            importlib.import_module(_modules()[name])
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in _EXTRAS:
+                raise
+            extra = _EXTRAS[error.name.split(".")[0]]
+            raise ImportError(
+                f"{name} needs {error.name}, not installed here: pip install 'foveate[{extra}]'",
+                name=error.name,
+            ) from error
     if name not in _classes:
         raise ValueError(f"unknown mechanism {name!r}{nearest(name, names())}")
     return _classes[name]
@@ -133,8 +148,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def find(
     *, kind: str | None = None, family: str | None = None, pretrained: str | None = None
 ) -> list[Card]:
-    """Cards of all mechanisms that match, by family and name; imports every mechanism."""
-    cards = [lookup(name).card for name in names()]
+    """Cards of all mechanisms that match, by family and name; imports every mechanism.
+
+    Those that need a package which is not installed are left out.
+    """
+    cards = []
+    for name in names():
+        with contextlib.suppress(ImportError):
+            cards.append(lookup(name).card)
     wanted = {"kind": kind, "family": family, "pretrained": pretrained}
     for key, value in wanted.items():
         if value is not None:

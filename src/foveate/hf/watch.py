@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -88,6 +89,41 @@ class Seen:
     def lse(self) -> Tensor:
         """Log-sum-exp of the logits (B, Hq, Lq)."""
         return self._attended()[1]
+
+    @property
+    def real_rows(self) -> Tensor:
+        """Which queries are real tokens, (B, Lq) bool."""
+        rows, q_len = self.q.shape[0], self.q.shape[2]
+        if self.valid is None:
+            return torch.ones(rows, q_len, dtype=torch.bool, device=self.q.device)
+        return self.valid[:, -q_len:]
+
+    def row_stats(self, u: Tensor | None = None) -> ops.RowStats:
+        """Means of u (B, 1|Hkv, Lk, m) under every row's weights, entropy and lse."""
+        return ops.row_stats(self.q, self.k, u, **self.options())
+
+    def columns(self, u: Tensor | None = None) -> Tensor:
+        """Transposed attention Aᵀ u (B, Hq, Lk, m) over the real rows; None: their mass."""
+        lse = self.lse.masked_fill(~self.real_rows[:, None], float("-inf"))
+        options = self.options() | {"mask": self.mask}
+        return ops.attend_T(self.q, self.k, lse, u, valid=self.valid, **options)
+
+    def rows(self, at: Tensor) -> Tensor:
+        """Weights (B, Hq, n, Lk) of the queries of numbers `at`."""
+        return ops.attention_rows(self.q, self.k, at, **self.options())
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Keys that every query sees (B, Hq, Lq), and real queries that see every key."""
+        found = ops.visible_counts(
+            self.q.shape[2],
+            self.k.shape[2],
+            mask=self.visible,
+            causal=self.causal,
+            rows=self.real_rows,
+        )
+        shape = (*self.q.shape[:2], -1)
+        keys, queries = (x.to(self.q.device).expand(shape) for x in found)
+        return keys, queries
 
     def _attended(self) -> tuple[Tensor, Tensor]:
         if self._done is None:

@@ -21,7 +21,7 @@ from foveate.ops.layout import (
 )
 from foveate.ops.linear_attention import linear_attention_global
 from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
-from foveate.ops.measure import RowStats, attend_T, attention_rows, row_stats
+from foveate.ops.measure import RowStats, attend_T, attention_rows, row_stats, visible_counts
 from foveate.ops.merge import merge
 from foveate.ops.mix import mix
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
@@ -96,6 +96,7 @@ __all__ = [
     "top_p",
     "tree_search",
     "unrope",
+    "visible_counts",
     "visible_pairs",
     "window",
 ]

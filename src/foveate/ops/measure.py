@@ -120,6 +120,39 @@ def attention_rows(
     return torch.softmax(s, -1).nan_to_num(0.0)
 
 
+def visible_counts(
+    q_len: int,
+    k_len: int,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How many keys every query sees, (B|1, H|1, Lq), and how many queries see every key.
+
+    rows (B, Lq) bool says which queries count in the latter, (B|1, H|1, Lk). Never an Lq×Lk
+    tensor.
+    """
+    rule = with_causal(mask, causal)
+    q_pos, k_pos = positions(q_len, k_len, None, None, torch.device("cpu"))
+    counting = torch.ones(1, q_len, dtype=torch.bool) if rows is None else rows.cpu()
+    if causal and mask is None:
+        ends = torch.nn.functional.pad(counting.long(), (k_len - q_len, 0))
+        return (q_pos + 1)[:, None], ends.flip(1).cumsum(1).flip(1)[:, None]
+    heads = 1 if rule is None else rule.heads
+    batch = max(len(counting), 1 if rule is None else rule.batch)
+    keys, queries = [], torch.zeros(batch, heads, k_len, dtype=torch.long)
+    for at in torch.arange(q_len).split(max(1, _PAIRS // max(1, batch * heads * k_len))):
+        seen = torch.ones(1, 1, len(at), k_len, dtype=torch.bool)
+        if rule is not None:
+            axes = rule.axes(torch.device("cpu"))
+            seen = rule(*axes, q_pos[:, None, at, None], k_pos[:, None, None])
+        seen = seen.expand(batch, heads, len(at), k_len)
+        keys.append(seen.sum(-1))
+        queries += (seen & counting[:, None, at, None]).sum(2)
+    return torch.cat(keys, 2), queries
+
+
 def _check_u(name: str, u: Tensor, shape: Shape, length: int, heads: tuple[int, int]) -> None:
     fits = u.dim() == 4 and u.shape[0] == shape.batch and u.shape[2] == length
     if not fits or u.shape[1] not in heads:
