@@ -13,6 +13,7 @@ from foveate.bench.kernels import benches, inputs, race, rivals, run, trial
 from foveate.bench.lengths import lengths_of
 from foveate.report import kernels as page
 from foveate.report import kernels_rows
+from foveate.report.page import HERE
 
 QUICK = ["--quick", "--sizes=64"]
 FEW = [*QUICK, "--only=attend,window"]
@@ -134,7 +135,7 @@ def test_lengths_are_read():
 def test_the_page_stands_alone_and_is_small(results):
     text = page.render(results)
     assert len(text.encode()) < 2e6 and text.endswith("</html>\n")
-    library = (page.HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
+    library = (HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
     assert library in text
     ours = text.replace(library, "")
     assert not re.search(r"https?://|@import|url\(|\bfetch\(|\ssrc=|<link", ours)

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from foveate.report import answer, compare, decoding, figures, numbers, records, table, terminal
+from foveate.report.page import HERE
 from report_example import example_results, interrupted_results
 
 HOSTILE = "</script><script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
@@ -44,7 +45,7 @@ class Page(HTMLParser):
 
 def body_of(page: str) -> str:
     """The page without the vendored plotting library."""
-    library = (compare.HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
+    library = (HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
     assert library in page
     return page.replace(library, "")
 
@@ -170,7 +171,7 @@ def test_page_loads_nothing_from_outside(page: str) -> None:
 
 
 def test_library_cannot_close_its_own_script_element() -> None:
-    library = (compare.HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
+    library = (HERE / "vendor/plotly-basic-4.1.1.min.js").read_text(encoding="utf-8")
     assert not re.search(r"</script|<!--", library, re.I)
 
 

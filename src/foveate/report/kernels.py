@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from foveate.report.compare import HERE, _asset, _date
 from foveate.report.kernels_figures import limits, plots, styles
 from foveate.report.kernels_rows import Row, missed, rows, tally
+from foveate.report.page import date_of, rendered, written
 
 SCHEMA = "foveate.kernels/1"
 _HEAD = ("what", "shape", "time", "rate", "of the limit", "over (ideal)", "goal")
@@ -24,19 +22,11 @@ def render(results: Mapping[str, Any]) -> str:
     """The whole page as text. Raises ValueError when `results` is of another schema."""
     if results.get("schema") != SCHEMA:
         raise ValueError(f"results: schema is {results.get('schema')!r}, expected {SCHEMA!r}")
-    environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("kernels.html.j2").render(
-        asset=_asset,
+    return rendered(
+        "kernels.html.j2",
         results=results,
         machine=results["machine"],
-        date=_date(results["updated"]),
+        date=date_of(results["updated"]),
         groups=rows(results),
         tally=tally(results),
         missed=missed(results),
@@ -48,15 +38,8 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def write(results: Mapping[str, Any], path: Path) -> Path:
-    """Render to `path` in one step: readers see the old file or the new one."""
-    page = render(results)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    """Render to `path`, in one step."""
+    return written(render(results), path)
 
 
 def terminal(results: Mapping[str, Any]) -> Table:
