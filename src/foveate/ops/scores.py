@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from foveate.ops.api import attend
 from foveate.ops.mask import Mask
 from foveate.ops.mask import causal as causal_mask
+from foveate.ops.measure import attend_T
 from foveate.ops.shapes import TileGrid, check_block, check_causal, check_qkv, positions
 from foveate.ops.tile import cap, default_scale, grouped_logits
 
@@ -163,12 +165,17 @@ def token_scores(
     _check_valid("q_valid", q_valid, shape.batch, shape.q_len)
     if over == "last":
         q, q_valid = q[:, :, -1:], None if q_valid is None else q_valid[:, -1:]
-    scores = torch.stack(
-        [
-            _observed(q[b : b + 1], k[b : b + 1], valid, q_valid, b, causal, softmax, over, scale)
-            for b in range(shape.batch)
-        ]
-    )
+    whole = valid is None and q_valid is None and shape.q_len == shape.k_len
+    if whole and softmax and over in ("sum", "mean"):
+        scores = _received(q, k, causal, scale) / (1 if over == "sum" else shape.q_len)
+    else:
+        options = causal, softmax, over, scale
+        scores = torch.stack(
+            [
+                _observed(q[b : b + 1], k[b : b + 1], valid, q_valid, b, *options)
+                for b in range(shape.batch)
+            ]
+        )
     scores = scores.view(shape.batch, shape.kv_heads, shape.group, shape.k_len)
     scores = _reduce(scores, group, 2)
     if heads == "sum":
@@ -176,6 +183,13 @@ def token_scores(
     if pool > 1:
         scores = _smooth(scores, valid, pool, pool_mode)
     return scores if valid is None else scores.masked_fill(~valid[:, None], float("-inf"))
+
+
+def _received(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """The weight (B, Hq, Lk) that every key gets from all queries, by two passes of the kernels."""
+    nothing = k.new_zeros(*k.shape[:3], 8)
+    _, lse = attend(q, k, nothing, causal=causal, scale=scale, return_lse=True)
+    return attend_T(q, k, lse, causal=causal, scale=scale)[..., 0]
 
 
 def _observed(
