@@ -119,7 +119,7 @@ def _opposed(prompts: list[Prompt], i: int) -> Prompt:
     """The prompt with the next one whose subject has as many tokens as its counterfactual."""
     prompt = prompts[i]
     for other in prompts[i + 1 :] + prompts[:i]:
-        if other.ids.shape == prompt.ids.shape and other.spans == prompt.spans:
+        if other.ids.shape == prompt.ids.shape:
             corrupt = replace(other, wrong=prompt.answer[:1])
             return replace(prompt, wrong=other.answer[:1], corrupt=corrupt)
     return prompt

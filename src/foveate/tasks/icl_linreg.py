@@ -82,7 +82,7 @@ def icl_linreg(
     size = dim // components
     weights = torch.randn(rows, components, size, generator=made) / size**0.5
     y = torch.einsum("nlcd,ncd->nlc", x.unflatten(-1, (components, size)), weights)
-    clean = y[:, -1].clone()
+    clean = y[:, -1]
     y = y + noise * torch.randn(y.shape, generator=made)
     return Regressions(x[:, :-1], y[:, :-1], x[:, -1], y[:, -1] if noisy_target else clean)
 
