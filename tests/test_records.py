@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 
+from attached import prompt
+from foveate import attach
 from foveate.analysis.base import Record, load_record, rank_correlation, rank_heads
 from tiny_models import build
 
@@ -23,6 +25,27 @@ def test_ranking_overlap_and_correlation():
     assert b.correlation(record(-b["x"])) == pytest.approx(-1)
     tied = rank_correlation(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
     assert tied == pytest.approx(0.8660254)
+
+
+def test_a_plan_keeps_the_kv_heads_that_the_best_heads_read_dense():
+    score = torch.zeros(3, 4)
+    score[0, 1], score[2, 3], score[2, 2] = 3.0, 2.0, 1.0
+    made = record(score)
+    assert made.kv_heads(2, 2) == [(0, 0), (2, 1)] == made.kv_heads(3, 2)
+    rest = "sink_window:sinks=1,window=3"
+    plan = made.plan(2, 2, rest)
+    assert plan == [["dense", rest], [rest, rest], [rest, "dense"]]
+    with pytest.raises(ValueError, match="4 query heads do not divide evenly over 3"):
+        made.kv_heads(2, 3)
+    model = build("llama")
+    with torch.no_grad():
+        plain = model(prompt(20)).logits
+        for slots in ({"prefill": record(torch.ones(4, 4)).plan(16, 2, rest)}, {}):
+            with attach(model, **slots):
+                torch.testing.assert_close(model(prompt(20)).logits, plain, rtol=1e-4, atol=1e-4)
+        some = record(torch.rand(4, 4)).plan(3, 2, rest)
+        with attach(model, prefill=some):
+            assert not torch.allclose(model(prompt(20)).logits, plain, atol=1e-3)
 
 
 def test_a_record_survives_its_files(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 import foveate
 from attached import prompt
+from foveate.analysis.base import Record
 from foveate.bench.tune import profile, run, search
 from foveate.bench.tune.judge import Judge
 from foveate.hf.planfile import Plan, load_plan, shape_of
@@ -151,6 +152,22 @@ def test_tune_writes_a_plan_that_attach_and_compare_take(tune, tiny_model_dir, t
     assert any(entry != "dense" for entry in plan.prefill)
     code, out, err = tune("--max-loss", "50%")
     assert code == 0 and "resuming: 7 finished" in err
+
+
+def test_the_heads_of_a_record_stay_dense(tune, tmp_path):
+    score = torch.tensor([[0.1, 0.2], [0.9, 0.0]])
+    about = {"model": "tiny", "heads": [2, 2]}
+    made = Record("scores", {"x": score}, {"x": ("layer", "head")}, "x", about)
+    given = ("--heads", made.save(tmp_path), "--keep", "1", "--searchers", "pareto,influence")
+    code, _, err = tune("--max-loss", "100%", *given)
+    assert code == 0, err
+    tried = json.loads((tmp_path / "out" / "tune.json").read_text())["tried"]
+    assert tried and all(x["choice"][1] == [0] for x in tried)
+    assert any(x["choice"][0] != [0] for x in tried)
+    score = torch.zeros(4, 2)
+    wrong = Record("scores", {"x": score}, {"x": ("layer", "head")}, "x", {"heads": [4, 2]})
+    code, _, err = tune("--heads", wrong.save(tmp_path), "--fresh")
+    assert code == 2 and "4 layers of 2 heads; this model has 2 of 2" in err
 
 
 def test_compare_takes_a_plan(foveate_command, tiny_model_dir, tmp_path):

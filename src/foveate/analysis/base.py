@@ -65,6 +65,24 @@ class Record:
         """Spearman's rank correlation of two scores over all heads."""
         return rank_correlation(self._heads(name), other._heads(theirs or name))
 
+    def kv_heads(self, top: int, per_layer: int, name: str = "") -> list[Head]:
+        """(layer, kv head) that the `top` heads read, of `per_layer` kv heads in each layer."""
+        heads = self._heads(name).shape[1]
+        if heads % per_layer:
+            raise ValueError(f"{heads} query heads do not divide evenly over {per_layer} kv heads")
+        return sorted({(i, h * per_layer // heads) for i, h in self.ranked(name)[:top]})
+
+    def plan(self, top: int, per_layer: int, rest: str, name: str = "") -> list[list[str]]:
+        """What `attach` takes as a slot: the kv heads that the `top` heads read are dense.
+
+        All others run `rest`, a mechanism's spec; per_layer is the number of kv heads of a layer.
+        """
+        dense = set(self.kv_heads(top, per_layer, name))
+        layers = len(self._heads(name))
+        return [
+            ["dense" if (i, h) in dense else rest for h in range(per_layer)] for i in range(layers)
+        ]
+
     def _heads(self, name: str) -> Tensor:
         value = self[name or self.score]
         if self.axes[name or self.score] != ("layer", "head"):

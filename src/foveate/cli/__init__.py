@@ -10,10 +10,21 @@ import typer
 from rich.markup import escape
 
 from foveate import registry
-from foveate.cli import bench, catalog, checks, compare, cost, train, tune
+from foveate.cli import bench, catalog, checks, compare, cost, inspect, train, tune
 from foveate.cli.console import app, err
 
-__all__ = ["app", "bench", "catalog", "checks", "compare", "cost", "main", "train", "tune"]
+__all__ = [
+    "app",
+    "bench",
+    "catalog",
+    "checks",
+    "compare",
+    "cost",
+    "inspect",
+    "main",
+    "train",
+    "tune",
+]
 
 _debug = False
 

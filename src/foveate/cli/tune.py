@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +29,21 @@ def tune(
     ] = None,
     searchers: Annotated[str, typer.Option(help="Of pareto, greedy, influence.")] = "",
     minutes: Annotated[float | None, typer.Option(help="End the search after so long.")] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="Record of foveate inspect whose first heads stay dense: see --keep."),
+    ] = None,
+    keep: Annotated[int, typer.Option(help="How many heads of --heads stay dense.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where plan.json goes.")] = Path(
         "foveate-plan"
     ),
     fresh: Annotated[bool, typer.Option(help="Overwrite other results in --out.")] = False,
 ) -> None:
     """Find the fastest plan, by layer and kv head, that loses no more than you allow."""
+    from foveate.analysis.base import load_record
     from foveate.bench.tune.run import Settings, TuneRun
     from foveate.hf import builtin
+    from foveate.hf.planfile import shape_of
     from foveate.hf.text import builtin_text, read_text, text_sha256
     from foveate.report.terminal import grid
 
@@ -43,6 +51,7 @@ def tune(
     chosen: dict[str, Any] = {"candidates": tuple(specs)} if specs else {}
     if searchers:
         chosen["searchers"] = tuple(searchers.split(","))
+    record = load_record(heads) if heads else None
     settings = Settings(
         model=str(Path(model).resolve()) if model and Path(model).exists() else model or "built-in",
         text=str(text) if text else "Python language reference (pydoc_data.topics)",
@@ -55,6 +64,10 @@ def tune(
     )
     with err.status("loading the model"):
         loaded, tokenizer = builtin.load(model, progress=err.log)
+    if record is not None:
+        record.fit(loaded)
+        kept = record.kv_heads(keep, shape_of(loaded)["kv_heads"])
+        settings = dataclasses.replace(settings, kept=tuple(kept))
     job = TuneRun(loaded, tokenizer, content, settings, folder, fresh=fresh)
 
     def show(job: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ class Settings:
     """What decides a search; two runs with equal settings can share their steps.
 
     max_loss, in percent, bounds the rise of perplexity, 100 × KL in nats, or the needles lost;
-    minutes, if given, end the search early.
+    minutes, if given, end the search early; kept are (layer, kv head) that stay dense.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Settings:
     candidates: tuple[str, ...] = CANDIDATES
     searchers: tuple[str, ...] = tuple(SEARCHERS)
     minutes: float | None = None
+    kept: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.max_loss <= 100:
@@ -172,7 +174,9 @@ class TuneRun:
         loss = torch.tensor(steps["expected loss of single changes"])
         loss = torch.where(loss < 0, torch.inf, loss)
         each = torch.tensor(steps["seconds of every candidate"]) / loss.shape[1]
-        cost = each.expand_as(loss).flatten(0, 1)
+        cost = each.expand_as(loss).clone()
+        for layer, head in self.settings.kept:  # nothing is gained there, and all is lost
+            cost[layer, head, 1:], loss[layer, head, 1:] = cost[layer, head, 0], torch.inf
         if name == "influence":
             far = torch.tensor(steps["influence of what lies far back"])
             spans = [
@@ -186,8 +190,8 @@ class TuneRun:
                 else far[..., n // _BLOCK :].sum(-1, keepdim=True)
                 for n in spans[1:]
             ]
-            loss = torch.cat(known, -1)
-        return cost, loss.flatten(0, 1)
+            loss = torch.where(loss.isinf(), loss, torch.cat(known, -1))
+        return cost.flatten(0, 1), loss.flatten(0, 1)
 
     def _try(self, name: str, choice: Tensor, cost: Tensor) -> Json:
         """The loss of a plan on the text it is tuned on."""
@@ -260,7 +264,7 @@ class TuneRun:
 
 def _plain(settings: Settings) -> Json:
     """Settings as JSON has them; how long the search may take decides nothing else."""
-    held = {k: list(x) if isinstance(x, tuple) else x for k, x in asdict(settings).items()}
+    held: Json = json.loads(json.dumps(asdict(settings)))
     del held["minutes"]
     return held
 

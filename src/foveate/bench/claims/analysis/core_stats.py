@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def measure() -> Outcome:
     }
     figures["both ways, skips, 12 layers"] = ways["both ways, skips"][12]
     pure = ways["both ways"]
-    shares = [after / before for before, after in zip(pure[:3], pure[1:4], strict=True)]
+    shares = [after / before for before, after in pairwise(pure[:4])]
     faster = shares[0] > shares[1] > shares[2]
     slower = ways["causal"][3] > pure[3] and ways["both ways, skips"][12] > pure[3]
     return Outcome(figures, faster and slower)
