@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import foveate
 from foveate.hf.parts import Parts
 
 FORMAT = "foveate.record/1"
@@ -154,7 +154,7 @@ def describe(model: Any, inputs: Any = None, **options: Any) -> dict[str, Any]:
     about: dict[str, Any] = {
         "model": Parts(model).name,
         "heads": shape_of_heads(model),
-        "foveate": foveate.__version__,
+        "foveate": version("foveate"),
     }
     ids = inputs.get("input_ids") if hasattr(inputs, "get") else inputs
     if isinstance(ids, Tensor):
