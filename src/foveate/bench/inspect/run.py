@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from foveate import registry
 from foveate.analysis.base import Head, Record, rank_heads
 from foveate.analysis.retrieval_head import answer_accuracy
+from foveate.analysis.vit_importance import slopes
 from foveate.bench.inspect.views import (
     CELLS,
     TOP_TOKENS,
@@ -225,12 +226,17 @@ class Inspection:
     def _retrieval(self) -> None:
         """How often a head copies the needle."""
         record = self._keep(registry.create("retrieval_head")(self.model, self._prompts()))
-        self._metric("retrieval", *_RETRIEVAL, record[record.score])
+        if record["retrieval"].isnan().all():
+            self.data["notes"].append("The model answered no question: retrieval says nothing.")
+            return
+        self._metric("retrieval", *_RETRIEVAL, record["retrieval"])
 
     def _importance(self) -> None:
         """How much the loss feels every head."""
-        record = self._keep(registry.create("vit_importance")(self.model, self.ids[:, :_LOSS]))
-        self._metric("importance", *_IMPORTANCE, record[record.score])
+        text = self.ids[:, :_LOSS]
+        first = rank_heads(slopes(self.model, text))[:_OUT]
+        record = registry.create("vit_importance")(self.model, text, heads=first)
+        self._metric("importance", *_IMPORTANCE, self._keep(record)["proxy"])
 
     def _attribution(self) -> None:
         """What the prediction after the text rests on, through all layers."""
@@ -275,9 +281,10 @@ class Inspection:
     def _metric(self, name: str, title: str, what: str, values: Tensor) -> None:
         """A figure of every head."""
         self._heads[name] = values
-        best = [(*h, float(values[h])) for h in rank_heads(values)[:_BEST]]
-        metric = {"name": name, "title": title, "what": what, "values": _rounded(values)}
-        self.data["metrics"].append(metric | {"best": best})
+        rounded = _rounded(values)
+        best = [(i, h, rounded[i][h]) for i, h in rank_heads(values)[:_BEST]]
+        metric = {"name": name, "title": title, "what": what, "values": rounded, "best": best}
+        self.data["metrics"].append(metric)
 
     def _layer(self, title: str, what: str, values: Tensor) -> None:
         """A figure of every layer."""
