@@ -90,10 +90,15 @@ class RetrievalHead:
 
     def _decoded(self, model: Any, ids: Tensor) -> Tensor:
         """A prompt and what the model says after it, (1, L + n)."""
-        options = {"max_new_tokens": self.new_tokens, "do_sample": False, "pad_token_id": 0}
-        if self.stop:
-            options["eos_token_id"] = list(self.stop)
-        said: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        options: dict[str, Any] = {"eos_token_id": list(self.stop)} if self.stop else {}
+        said: Tensor = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
         return said
 
 
