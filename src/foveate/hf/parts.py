@@ -102,10 +102,14 @@ class Parts:
         """The norm after the last block."""
         return self._child(self.body, _FINAL_NORM, "final norm")
 
+    def output(self, layer: int) -> Any:
+        """The matrix that takes the heads of a block back to the stream."""
+        inside = self.attention(layer)
+        return self._child(inside, _ATTENTION_OUT, f"output projection in block {layer}")
+
     def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """W_O by query head, (Hq, Dv, width), and the bias (width,) of the output projection."""
-        inside = self.attention(layer)
-        linear = self._child(inside, _ATTENTION_OUT, f"output projection in block {layer}")
+        linear = self.output(layer)
         weight = linear.weight
         if isinstance(linear, nn.Linear):  # GPT-2 keeps its matrices the other way round
             weight = weight.T
