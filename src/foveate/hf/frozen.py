@@ -80,7 +80,7 @@ Freeze = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def _frozen_modules(parts: Parts) -> list[tuple[nn.Module, Freeze]]:
     """Norms and activations of a model, each with what takes the place of its output."""
     found: list[tuple[nn.Module, Freeze]] = [
-        (m, _norm) for m in parts.body.modules() if "norm" in type(m).__name__.lower()
+        (m, frozen_norm) for m in parts.body.modules() if "norm" in type(m).__name__.lower()
     ]
     for layer in range(parts.layers):
         mlp = parts.mlp(layer)
@@ -104,7 +104,7 @@ def _replace(module: nn.Module, freeze: Freeze) -> Any:
     return module.register_forward_hook(hook)
 
 
-def _norm(module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+def frozen_norm(module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     """A norm whose scale is a constant of the token; LayerNorm also takes away the mean."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(module, nn.LayerNorm):
