@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveate.analysis.base import stacked
 from foveate.hf.parts import head_logits, run
+from foveate.hf.watch import Seen, watch
 
 
 class Prompt(Protocol):
@@ -68,3 +70,20 @@ def first_answers(prompts: Sequence[Prompt]) -> Tensor:
 def last_logits(model: Any, prompts: Sequence[Prompt]) -> Tensor:
     """Logits (B, vocabulary) after every prompt."""
     return head_logits(model, run(model, padded(prompts))[:, -1])
+
+
+@torch.no_grad()
+def looks(
+    model: Any, prompts: Sequence[Prompt], spans: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """Mean weight (layer, head) of the last row on spans, under the names that they are given."""
+    u = torch.stack([where(prompts, *names) for names in spans.values()], -1).float()
+    rows: list[Tensor] = []
+
+    def attention(seen: Seen) -> None:
+        last = torch.tensor([seen.q.shape[2] - 1])
+        rows.append((seen.rows(last)[:, :, 0] @ u).mean(0))
+
+    with watch(model, attention=attention):
+        run(model, padded(prompts))
+    return dict(zip(spans, stacked(rows).unbind(-1), strict=True))
