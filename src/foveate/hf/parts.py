@@ -15,6 +15,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 _MLP = ("mlp", "feed_forward", "ffn")
+_ATTENTION_NORM = ("input_layernorm", "ln_1", "layernorm_before")
 _MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 _FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layernorm")
 
@@ -93,6 +94,12 @@ class Parts:
     def mlp(self, layer: int) -> nn.Module:
         """The child of a block that is its feed-forward part."""
         return self._child(self.blocks[layer], _MLP, f"feed-forward part in block {layer}")
+
+    def norm_before_attention(self, layer: int) -> nn.Module:
+        """The norm through which the attention of a block reads the stream."""
+        return self._child(
+            self.blocks[layer], _ATTENTION_NORM, f"norm before the attention in block {layer}"
+        )
 
     def norm_before_mlp(self, layer: int) -> nn.Module:
         """The norm through which the feed-forward part of a block reads the stream."""
