@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from foveate.analysis._prompts import last_logits
-from foveate.analysis.base import Head
+from foveate.analysis._prompts import last_logits, looks
+from foveate.analysis.base import Head, Record
 from foveate.analysis.circuit_reuse import CircuitReuse, circuit, differences, look_at, reused
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded
@@ -26,7 +26,8 @@ def measure() -> Outcome:
     ours, theirs = (CircuitReuse()(model, prompts) for prompts in (names, colors))
     share = len(circuit(ours)) / ours["found"].numel()
     plain = float(differences(names)(last_logits(model, names)[None]).mean())
-    wrong, right = (_forced(names, ours.ranked()[:_MOVERS], name) for name in ("wrong", "answer"))
+    movers = _movers(names, ours)
+    wrong, right = (_forced(names, movers, name) for name in ("wrong", "answer"))
     figures = {
         "share of the heads of one circuit in the other": reused(ours, theirs),
         "share by chance": share,
@@ -36,6 +37,17 @@ def measure() -> Outcome:
     }
     holds = figures["share of the heads of one circuit in the other"] > 0.5 and right > wrong
     return Outcome(figures, holds)
+
+
+def _movers(prompts: list[Prompt], record: Record) -> list[Head]:
+    """Heads of the largest direct effects among those that speak for the name they look at.
+
+    Others hold back what they look at: the first of all ranks looks at the giver.
+    """
+    mass = looks(loaded()[0], prompts, {"right": ("answer",), "wrong": ("wrong", "giver")})
+    helps = record["effect 0"] < 0
+    ranked = record.ranked()
+    return [h for h in ranked if helps[h] and mass["right"][h] > mass["wrong"][h]][:_MOVERS]
 
 
 @torch.no_grad()
