@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from attached import left_padded, prompt
-from foveate.analysis.sparse_svd import (
-    SparseSvd,
-    _Made,
-    _note_positions,
+from foveate.analysis._bilinear import (
+    Scores,
     contributions,
     fewest,
+    note_positions,
     singular_directions,
 )
+from foveate.analysis.sparse_svd import SparseSvd, trace
 from foveate.hf.parts import Parts, run
 from foveate.hf.watch import watch
 from tiny_models import build
@@ -18,11 +18,11 @@ from tiny_models import build
 def made_of(model, ids, layer=1):
     """What a layer's queries and keys are made of."""
     parts, tables, streams, held = Parts(model), {}, [], []
-    hook = _note_positions(parts, layer, tables)
+    hook = note_positions(parts, layer, tables)
 
     def attention(seen):
         if seen.layer == layer:
-            held.append(_Made(parts, seen, streams[-1], tables[layer]))
+            held.append(Scores(parts, seen, streams[-1], tables[layer]))
 
     with (
         torch.no_grad(),
@@ -66,10 +66,10 @@ def test_the_form_is_that_of_the_whole_matrix():
 
 
 def test_fewest_parts():
-    assert fewest(torch.tensor([1.0, 6.0, 3.0]), 0.6) == 1
-    assert fewest(torch.tensor([1.0, 6.0, 3.0]), 0.7) == 2
-    assert fewest(torch.tensor([8.0, -3.0, 1.0]), 0.7) == 1
-    assert fewest(torch.ones(4), 1.0) == 4
+    assert fewest(torch.tensor([1.0, 6.0, 3.0]), 0.6).tolist() == [1]
+    assert fewest(torch.tensor([1.0, 6.0, 3.0]), 0.7).tolist() == [1, 2]
+    assert fewest(torch.tensor([8.0, -3.0, 1.0]), 0.7).tolist() == [0]
+    assert len(fewest(torch.ones(4), 1.0)) == 4
 
 
 def test_a_head_of_one_direction_needs_one():
@@ -94,10 +94,41 @@ def test_another_basis_spreads_what_one_direction_carries():
     u = singular_directions(w_q, w_k).u
     against = torch.linalg.lstsq(w_q.T, u[:, :1]).solution[:, 0]
     mix = torch.linalg.qr(torch.randn(16, 16))[0]
-    assert fewest(contributions(u[:, 0], w_q, against, u), 0.7) == 1
+    assert fewest(contributions(u[:, 0], w_q, against, u), 0.7).tolist() == [0]
     spread = contributions(u[:, 0], w_q, against, u @ mix)
     torch.testing.assert_close(spread, mix[0].square(), rtol=1e-3, atol=1e-5)
-    assert fewest(spread, 0.7) > 2
+    assert len(fewest(spread, 0.7)) > 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_traced_sums_to_the_score(family):
+    """At each end heads, feed-forward parts and embedding add up to what the directions carry."""
+    model, ids = build(family), prompt(12)
+    made = made_of(model, ids, layer=2)
+    row, key = next((r, k) for _, r, k, _ in made.pairs(3, 3, True) if k < r)
+    rest = torch.tensor([i for i in range(row + 1) if i != key])
+    x, w_q, w_k, against, turn = made.pair(3, 0, row, key, rest)
+    form = singular_directions(w_q, w_k, turn)
+    parts_of = contributions(x, w_q, against, form.u)
+    kept = fewest(parts_of, 0.7)
+    of_key = made.scale * (form.u.T @ x) * form.sizes * (form.v.T @ made.x[0, key])
+    want = torch.stack((parts_of[kept].sum(), of_key[kept].sum())).float()
+    found = trace(model, ids, (2, 3), row, key)
+    held = {}
+    parts = Parts(model)
+
+    def keep(name):
+        return lambda layer, x: held.__setitem__((name, layer), x[0, [row, key]])
+
+    with torch.no_grad(), watch(model, block_in=keep("in"), mlp_out=keep("mlp")):
+        run(model, ids)
+    rest = held["in", 0] + held["mlp", 0] + held["mlp", 1]
+    for layer in (0, 1):
+        bias = parts.projection(layer)[1]
+        rest = rest if bias is None else rest + bias
+    added = torch.stack((found.query, found.key)).sum((1, 2)) + (rest * found.signal).sum(1)
+    torch.testing.assert_close(added, want, rtol=1e-3, atol=1e-4)
+    assert float(found.query[2:].abs().max()) == 0 and float(found.key[:2].abs().max()) > 0
 
 
 def test_padded_texts_are_measured_as_alone():
@@ -116,5 +147,8 @@ def test_bad_input_is_named():
         SparseSvd(share=0.0)
     with pytest.raises(ValueError, match="pairs must be at least 1"):
         SparseSvd(pairs=0)
+    with pytest.raises(ValueError, match="not above the others'"):
+        for key in range(8):
+            trace(build("llama"), prompt(8), (1, 0), 7, key)
     with pytest.raises(TypeError, match="no turned projection"):
         SparseSvd()(build("qwen3"), prompt(8), heads=[(1, 0)])

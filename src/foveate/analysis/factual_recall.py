@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.analysis._prompts import Prompt, first_answers, padded
 from foveate.analysis.base import Record, describe, stacked
-from foveate.hf.frozen import frozen_norm
+from foveate.hf.frozen import before_norm
 from foveate.hf.parts import Inputs, Parts, run
 from foveate.hf.watch import Seen, watch
 from foveate.registry import Card, nearest, register
@@ -93,8 +93,10 @@ class FactualRecall:
         parts, last = Parts(model), _Last(model, inputs)
         rows = model.get_output_embeddings().weight
         token = self._token(prompts, last.hidden @ rows.T)
-        toward = _before_norm(parts, last, rows[token])
-        centred = toward - _before_norm(parts, last, rows.mean(0).expand_as(toward))
+        norm = parts.final_norm()
+        toward = before_norm(norm, last.stream, rows[token])
+        mean = rows.mean(0).expand_as(toward)
+        centred = toward - before_norm(norm, last.stream, mean)
         logit = (last.hidden * rows[token]).sum(-1)
         attention, mlp = torch.stack(last.attention, 1), torch.stack(last.mlp, 1)
         heads = [
@@ -156,14 +158,6 @@ class _Last:
                 f"{parts.name}: its blocks do not simply add attention and feed-forward parts to "
                 "the stream, so that no logit is the sum of what they add"
             )
-
-
-def _before_norm(parts: Parts, last: _Last, direction: Tensor) -> Tensor:
-    """The direction (B, width) in the last stream that one after the final norm is."""
-    norm, at = parts.final_norm(), last.stream.detach().requires_grad_()
-    with torch.enable_grad():
-        out = frozen_norm(norm, at, norm(at))
-    return torch.autograd.grad(out, at, direction)[0]
 
 
 def _along(added: Tensor, toward: Tensor) -> Tensor:

@@ -7,54 +7,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate import ops
+from foveate.analysis._bilinear import (
+    Scores,
+    contributions,
+    fewest,
+    note_positions,
+    singular_directions,
+)
 from foveate.analysis.base import Head, Record, describe
 from foveate.hf.ablate import by_layer
+from foveate.hf.frozen import before_norm
 from foveate.hf.parts import Inputs, Parts, run
 from foveate.hf.watch import Seen, watch
-from foveate.hf.weights import projection
 from foveate.registry import Card, register
-
-# The largest difference, relative to the queries, of queries made again from the stream.
-_REBUILT = 1e-3
-
-
-class Directions(NamedTuple):
-    """Σ u σ vᵀ: directions u and v (width, D) of queries' and of keys' streams, sizes σ (D,)."""
-
-    u: Tensor
-    sizes: Tensor
-    v: Tensor
-
-
-def singular_directions(w_q: Tensor, w_k: Tensor, turn: Tensor | None = None) -> Directions:
-    """The form W_Qᵀ T W_K of a head in singular directions; it is never made as a whole.
-
-    w_q and w_k (D, width) make queries and keys of a stream, T (D, D) is the turn between their
-    positions (None: none).
-    """
-    (q_basis, q_core), (k_basis, k_core) = (torch.linalg.qr(w.T) for w in (w_q, w_k))
-    core = q_core @ (k_core.T if turn is None else turn @ k_core.T)
-    u, sizes, v = torch.linalg.svd(core)
-    return Directions(q_basis @ u, sizes, k_basis @ v.T)
-
-
-def contributions(x: Tensor, w_q: Tensor, against: Tensor, u: Tensor) -> Tensor:
-    """What each direction of u (width, n) adds to the score (W_Q x) · against, (n,).
-
-    x (width,) is the query's stream, `against` (D,) a key, or a difference of keys, turned as the
-    unturned query sees it. The parts sum to the score when u is an orthonormal basis of the range
-    of W_Qᵀ.
-    """
-    return (u.T @ x) * (u.T @ (w_q.T @ against))
-
-
-def fewest(parts: Tensor, share: float) -> int:
-    """How many of parts (n,), the largest first, hold a share of their sum, which is above 0."""
-    held = parts.sort(descending=True).values.cumsum(0)
-    return int((held < share * parts.sum()).sum()) + 1
 
 
 @register(
@@ -69,7 +37,7 @@ def fewest(parts: Tensor, share: float) -> int:
         patterns=("noncausal self", "causal self"),
         pretrained="exact",
         cost="a pass, and a singular value decomposition (D, D) for every head and pair",
-        confidence="medium-high; tracing upstream is not here",
+        confidence="medium-high",
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +80,12 @@ class SparseSvd:
         def attention(seen: Seen) -> None:
             if seen.layer not in chosen:
                 return
-            made = _Made(parts, seen, streams[-1], tables[seen.layer])
+            made = Scores(parts, seen, streams[-1], tables[seen.layer])
             for head in chosen[seen.layer]:
                 for name, value in self._of_head(made, head).items():
                     values[name][seen.layer, head] = value
 
-        hooks = [_note_positions(parts, layer, tables) for layer in chosen]
+        hooks = [note_positions(parts, layer, tables) for layer in chosen]
         try:
             with watch(model, attention=attention, block_in=lambda _, x: streams.append(x)):
                 run(model, inputs)
@@ -128,7 +96,7 @@ class SparseSvd:
         about = describe(model, inputs, **asdict(self))
         return Record("sparse_svd", values, axes, "directions", about)
 
-    def _of_head(self, made: _Made, head: int) -> dict[str, float]:
+    def _of_head(self, made: Scores, head: int) -> dict[str, float]:
         """Figures of one head."""
         generator = torch.Generator().manual_seed(self.seed)
         counts, others, scores = [], [], []
@@ -140,8 +108,8 @@ class SparseSvd:
                 continue
             size = u.shape[1]
             mix = torch.linalg.qr(torch.randn(size, size, generator=generator).to(u))[0]
-            counts.append(fewest(parts, self.share))
-            others.append(fewest(contributions(x, w_q, against, u @ mix), self.share))
+            counts.append(len(fewest(parts, self.share)))
+            others.append(len(fewest(contributions(x, w_q, against, u @ mix), self.share)))
             scores.append(float(parts.sum()))
         if not counts:
             return {"pairs": 0.0}
@@ -150,82 +118,50 @@ class SparseSvd:
         return middle | {"score": sum(scores) / len(scores), "pairs": float(len(counts))}
 
 
-class _Made:
-    """A layer's queries and keys as what they are made of, in float64.
+class Traced(NamedTuple):
+    """What earlier heads (layers, heads) add to a score at the query's and at the key's token.
 
-    Streams are normed, without the norm's gain, which joins the weights, and end in a 1, which
-    meets the biases.
+    `query` is of the relative score, `key` of the score itself; `signal` (2, width) are the
+    directions in the stream, of the query's and of the key's token, that these parts lie along.
     """
 
-    def __init__(self, parts: Parts, seen: Seen, stream: Tensor, table: Any) -> None:
-        norm = parts.norm_before_attention(seen.layer)
-        ones = torch.ones_like(stream[0, 0])
-        ones[1::2] = -1.0
-        shift = norm(torch.zeros_like(ones))
-        gain = (norm(ones) - shift) * ones
-        bare = torch.where(gain == 0, 0.0, (norm(stream) - shift) / gain)
-        self.x = torch.nn.functional.pad(bare, (0, 1), value=1.0).double()
-        self.w = {}
-        for role, heads in (("q", parts.heads), ("k", parts.kv_heads)):
-            where = projection(parts, seen.layer, role)
-            weight, bias = where.features(where.module.weight), where.module.bias
-            constant = weight @ shift
-            if bias is not None:
-                constant = constant + bias[where.start : where.stop]
-            folded = torch.cat((weight * gain, constant[:, None]), 1)
-            self.w[role] = folded.unflatten(0, (heads, -1)).double()
-        self.seen, self.group = seen, parts.heads // parts.kv_heads
-        self.scale = seen.q.shape[3] ** -0.5 if seen.scale is None else seen.scale
-        self.turns = _turns(seen, table)
-        own = torch.einsum("bhlij,hiw,blw->bhlj", self.turns[:, None], self.w["q"], self.x)
-        if float((own - seen.q).norm() / seen.q.norm()) > _REBUILT:
-            raise TypeError(
-                f"{parts.name}: the queries of block {seen.layer} are no turned projection of its "
-                "normed stream, so that their scores have no singular directions"
-            )
-
-    def pairs(self, head: int, count: int, skip_first: bool) -> list[tuple[int, int, int, Tensor]]:
-        """Text, query, the key of the largest weight, and the other keys that it may see."""
-        seen = self.seen
-        rows = torch.linspace(0, seen.q.shape[2] - 1, min(count, seen.q.shape[2])).round().long()
-        weights = seen.rows(rows)[:, head]
-        alike = ops.attention_rows(torch.zeros_like(seen.q), seen.k, rows, **seen.options())
-        found = []
-        for text, at in seen.real_rows[:, rows].nonzero().tolist():
-            keys = (alike[text, head, at] > 0).nonzero()[:, 0]
-            looked = keys[int(skip_first) :]
-            if len(keys) < 2 or not len(looked):
-                continue
-            key = int(looked[weights[text, at, looked].argmax()])
-            found.append((text, int(rows[at]), key, keys[keys != key]))
-        return found
-
-    def pair(
-        self, head: int, text: int, row: int, key: int, rest: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Stream, weights of queries and of keys, the difference of keys, and the turn."""
-        kv = head // self.group
-        keys = self.seen.k[text, kv].double()
-        own = self.turns[text % len(self.turns)]
-        against = own[row] @ (self.scale * (keys[key] - keys[rest].mean(0)))
-        turn = own[row] @ own[key].T
-        return self.x[text, row], self.w["q"][head], self.w["k"][kv], against, turn
+    query: Tensor
+    key: Tensor
+    signal: Tensor
 
 
-def _note_positions(parts: Parts, layer: int, tables: dict[int, Any]) -> Any:
-    """Keep the cosines and sines that the attention of a layer is given, if it is."""
+@torch.no_grad()
+def trace(model: Any, ids: Tensor, head: Head, row: int, key: int, *, share: float = 0.7) -> Traced:
+    """Follow the singular directions that carry `share` of a score to the heads that write them.
 
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        tables[layer] = kwargs.get("position_embeddings")
+    ids (1, L); the score is that of query `row` and an earlier `key`, the scale of the norm before
+    `head` is fixed. Raises ValueError where the relative score is not above 0, IndexError for a
+    head out of range, TypeError as `SparseSvd` does.
+    """
+    parts = Parts(model)
+    ((layer, own),) = parts.check_heads([head])
+    streams: list[Tensor] = []
+    outs: list[Tensor] = []
+    tables: dict[int, Any] = {}
+    signals: list[Tensor] = []
 
-    return parts.attention(layer).register_forward_pre_hook(note, with_kwargs=True)
+    def attention(seen: Seen) -> None:
+        if seen.layer < layer:
+            outs.append(seen.out[0, :, [row, key]])
+        elif seen.layer == layer:
+            made = Scores(parts, seen, streams[-1], tables[layer])
+            signals.extend(made.signals(own, row, key, share))
 
-
-def _turns(seen: Seen, table: Any) -> Tensor:
-    """Turns (B|1, L, D, D) of positions: row i of each is where unit vector i comes to lie."""
-    tokens, size = seen.q.shape[2:]
-    unit = torch.eye(size, dtype=torch.float64)[None, :, None].expand(1, size, tokens, size)
-    if table is not None:
-        cos, sin = (x.double() for x in table)
-        unit = ops.rope(unit.expand(len(cos), -1, -1, -1), cos, sin)
-    return unit.transpose(1, 2)
+    hook = note_positions(parts, layer, tables)
+    try:
+        with watch(model, attention=attention, block_in=lambda _, x: streams.append(x)):
+            run(model, ids)
+    finally:
+        hook.remove()
+    norm = parts.norm_before_attention(layer)
+    signal = before_norm(norm, streams[layer][0, [row, key]], torch.stack(signals))
+    added = torch.zeros(2, parts.layers, parts.heads)
+    for i, out in enumerate(outs):
+        written = parts.contributions(i, out[None])[0]
+        added[:, i] = torch.einsum("htw,tw->th", written, signal)
+    return Traced(added[0], added[1], signal)

@@ -117,6 +117,14 @@ def frozen_norm(module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     return (normed if bias is None else normed + bias).to(out.dtype)
 
 
+def before_norm(norm: nn.Module, stream: Tensor, direction: Tensor) -> Tensor:
+    """The direction (…, width) in a stream that one after its norm is, the norm's scale fixed."""
+    at = stream.detach().requires_grad_()
+    with torch.enable_grad():
+        out = frozen_norm(norm, at, norm(at))
+    return torch.autograd.grad(out, at, direction)[0]
+
+
 def _gate(module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     """A gate is a constant factor of what it gates."""
     return out.detach()
