@@ -18,8 +18,13 @@ _SOFTMAX = 0.5
 class Regression(Protocol):
     """Softmax regressions: a (n, L, d), the x (n, d) sought and the gradient of the loss."""
 
-    a: Tensor
-    x: Tensor
+    @property
+    def a(self) -> Tensor:
+        """The examples."""
+
+    @property
+    def x(self) -> Tensor:
+        """What they were made with."""
 
     def gradient(self, x: Tensor) -> Tensor:
         """Of ½‖softmax(a x) - b‖² by x, (n, d)."""
