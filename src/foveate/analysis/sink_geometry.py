@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +76,7 @@ class SinkGeometry:
 
         def attention(seen: Seen) -> None:
             shares = self.shares(seen)
-            texts = [
-                self.of_text(*text) for text in self._texts(seen, entering.pop(seen.layer), shares)
-            ]
-            by_text = {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+            by_text = self._of_layer(seen, entering.pop(seen.layer), shares)
             own = [share for share, _ in shares]
             pairs = zip(own, before or own, strict=True)
             by_text["drift"] = torch.stack([divergence(new, old) for new, old in pairs])
@@ -126,14 +122,16 @@ class SinkGeometry:
             "radius": torch.tensor(radius),
         }
 
-    def _texts(
+    def _of_layer(
         self, seen: Seen, stream: Tensor, shares: list[tuple[Tensor, Tensor]]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """Every text's arguments of `of_text`."""
+    ) -> dict[str, Tensor]:
+        """Numbers of all texts (B,)."""
         whole = mean_map(seen) if seen.k.shape[2] <= self.map_limit else None
-        for i, (real, (share, sink)) in enumerate(zip(seen.real_rows, shares, strict=True)):
+        texts = []
+        for i, real in enumerate(seen.real_rows):
             map_ = None if whole is None else whole[i][real][:, real]
-            yield share, sink, stream[i, real], map_
+            texts.append(self.of_text(*shares[i], stream[i, real], map_))
+        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
 
 def classify(share: Tensor, sink: Tensor) -> int:
