@@ -53,17 +53,30 @@ def libraries(tmp_path_factory):
     return folder
 
 
-def test_random_calls_of_every_kernel_are_clean_and_right(libraries):
-    symbols = run("nm", "-D", "--defined-only", libraries / "kernels_portable.so")
+def fuzzed(folder, **env):
+    """Random calls of the kernels of a folder; fails unless each was called."""
+    symbols = run("nm", "-D", "--defined-only", folder / "kernels_portable.so")
     kernels = set(re.findall(r" T foveate_(\w+)", symbols)) - NO_KERNEL
-    said = run(
-        sys.executable,
-        ROOT / "tests" / "native_fuzz.py",
+    said = run(sys.executable, ROOT / "tests" / "native_fuzz.py", folder, SECONDS, **env)
+    calls = json.loads(said.splitlines()[-1])["calls"]
+    assert set(calls) == kernels and min(calls.values()) >= 10, calls
+
+
+def test_random_calls_of_every_kernel_are_clean_and_right(libraries):
+    fuzzed(
         libraries,
-        SECONDS,
         LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
         ASAN_OPTIONS="detect_leaks=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )
-    calls = json.loads(said.splitlines()[-1])["calls"]
-    assert set(calls) == kernels and min(calls.values()) >= 10, calls
+
+
+@pytest.mark.skipif("avx2" not in native.runnable(), reason="needs AVX2")
+def test_the_sources_for_avx512_are_right_where_it_is_missing(tmp_path):
+    """They are compiled for AVX2, and the library takes the place of all others."""
+    options = ["-std=gnu++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-mavx2"]
+    options += ["-mfma", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    options += ["-include", ROOT / "tests" / "emulated_avx512.hpp"]
+    sources = sorted((ROOT / "src" / "foveate" / "native" / "src").glob("*.cpp"))
+    run("g++", *options, *sources, "-o", tmp_path / "kernels_portable.so")
+    fuzzed(tmp_path)

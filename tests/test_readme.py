@@ -44,3 +44,10 @@ def test_every_command_the_readme_names_exists():
     assert (
         named & known and {"compare", "audit", "doctor", "list", "show", "papers", "model"} <= named
     )
+
+
+def test_the_story_of_retrieval_heads_is_forty_lines_of_python():
+    text = (README.parent / "docs" / "retrieval_heads.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    compile(code, "retrieval_heads.md", "exec")

@@ -184,3 +184,21 @@ def test_every_name_is_found_under_its_file_and_survives_json():
             assert registry.spec_of(made) == name
             stored = json.loads(json.dumps(dataclasses.asdict(made)))
             assert foveate.create(name, **stored) == made
+
+
+def test_without_transformers_analyses_are_left_out_and_say_what_they_need(monkeypatch):
+    held = registry._classes.pop("sink_metric", None)
+    real = registry.importlib.import_module
+
+    def missing(name, package=None):
+        if name.startswith("foveate.analysis.sink_metric"):
+            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+        return real(name, package)
+
+    monkeypatch.setattr(registry.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"sink_metric needs transformers.*'foveate\[hf\]'"):
+        registry.lookup("sink_metric")
+    names = {card.name for card in registry.find()}
+    assert "core_stats" in names and "sink_metric" not in names
+    if held is not None:
+        registry._classes["sink_metric"] = held

@@ -50,7 +50,7 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if _debug:
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
