@@ -102,8 +102,9 @@ def test_padded_texts_are_measured_as_alone(fusion):
         torch.testing.assert_close(both["rollout"][i].sum(-1), torch.ones(2))
 
 
-def test_encoders_are_measured_too():
-    model, inputs = tiny_encoder("bert")
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_encoders_are_measured_too(kind):
+    model, inputs = tiny_encoder(kind)
     record = RolloutFlow(rows=(0,))(model, inputs)
     torch.testing.assert_close(record["rollout"].sum(-1), torch.ones(2, 1))
 

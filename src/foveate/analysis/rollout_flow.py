@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.analysis._max_flow import Network
 from foveate.analysis.base import Record, describe, stacked
-from foveate.hf.parts import Inputs, real_tokens, run
+from foveate.hf.parts import Inputs, run
 from foveate.hf.watch import Seen, watch
 from foveate.registry import Card, nearest, register
 
@@ -101,20 +101,20 @@ class RolloutFlow:
 
     @torch.no_grad()
     def __call__(self, model: Any, inputs: Inputs) -> Record:
-        """Of a model on token ids (B, L) or a tokenizer's batch.
+        """Of a model on token ids (B, L), a tokenizer's batch or images.
 
         Raises IndexError for a row that a text has not or a start that the model has not,
         ValueError for flows of too long a text.
         """
-        one_hot = _one_hot(self.rows, real_tokens(inputs))
+        layers: list[Seen] = []
+        with watch(model, attention=layers.append) as parts:
+            run(model, inputs)
+        one_hot = _one_hot(self.rows, layers[-1].real_rows)
         if self.flow and one_hot.shape[1] > _FLOW_TOKENS:
             raise ValueError(
                 f"flow is for at most {_FLOW_TOKENS} tokens, got {one_hot.shape[1]}: "
                 "rollout has no such limit"
             )
-        layers: list[Seen] = []
-        with watch(model, attention=layers.append) as parts:
-            run(model, inputs)
         if not 0 <= self.start < parts.layers:
             raise IndexError(f"start must be in [0, {parts.layers}), got {self.start}")
         relevance = one_hot
