@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import ops
+from foveate.analysis._columns import column_means, left_aligned
 from foveate.analysis.base import Record, describe, stacked
 from foveate.hf.parts import Inputs, real_tokens, run
 from foveate.hf.watch import Seen, watch
@@ -78,11 +79,11 @@ class CoreStats:
 
     def of_layer(self, seen: Seen) -> dict[str, Tensor]:
         """Statistics of the heads (Hq,) of one layer, and their `diversity` ()."""
-        keys, queries = seen.counts()
+        keys, _ = seen.counts()
         several = (keys > 1) & seen.real_rows[:, None]
         entropy = seen.row_stats().entropy / keys.clamp_min(2).log()
-        weight = seen.columns()[..., 0] / queries.clamp_min(1)
-        out = {"entropy": _mean(entropy, several), "sink": first_real(weight, seen).mean(0)}
+        weight = left_aligned(column_means(seen), seen.real_rows)
+        out = {"entropy": _mean(entropy, several), "sink": weight[..., 0].mean(0)}
         at = torch.linspace(0, seen.q.shape[2] - 1, min(self.rows, seen.q.shape[2]))
         sums: dict[str, Tensor] = {}
         for some in at.round().long().unique().to(seen.q.device).split(_CHUNK):
@@ -126,13 +127,6 @@ def of_stream(x: Tensor) -> dict[str, Tensor]:
         "cosine": (unit.sum(0).square().sum() - n) / (n * (n - 1)),
         "rank": (-torch.xlogy(share, share).sum()).exp(),
     }
-
-
-def first_real(x: Tensor, seen: Seen) -> Tensor:
-    """Of numbers (B, Hq, Lk) of keys those of every row's first real key, (B, Hq)."""
-    if seen.valid is None:
-        return x[..., 0]
-    return x[torch.arange(len(x), device=x.device), :, seen.valid.int().argmax(1)]
 
 
 def _mean(x: Tensor, where: Tensor) -> Tensor:
