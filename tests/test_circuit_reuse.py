@@ -48,7 +48,8 @@ def test_second_step_is_path_patching_into_the_heads_of_the_first():
     changes = []
     for via in "qv":
         hidden = path_patch(model, one.ids, one.corrupt.ids, [(0, 1)], first, via=via)
-        changes.append(float(one.difference(head_logits(model, hidden[:, -1])) - plain))
+        moved = one.difference(head_logits(model, hidden[:, -1])).detach()
+        changes.append(float(moved) - plain)
     want = max(changes, key=abs)
     assert float(record["effect 1"][0, 1]) == pytest.approx(want, rel=1e-3, abs=1e-4)
     latest = max(layer for layer, _ in first)
