@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate import ops
-from foveate.analysis._columns import first_to_others
+from foveate.analysis._columns import first_to_others, left_aligned
 from foveate.analysis.base import Record, describe, stacked
-from foveate.analysis.core_stats import first_real
 from foveate.hf.parts import Inputs, Parts, real_tokens, run
 from foveate.hf.watch import Seen, watch
 from foveate.ops import Mask
@@ -97,7 +96,8 @@ def first_weight(seen: Seen, skip: int = 1) -> Tensor:
     """Mean weight (B, Hq) of a text's first real key over its real rows but the first `skip`."""
     real = seen.real_rows
     counted = (real & (real.cumsum(1) > skip))[:, None, :, None].to(seen.q)
-    return first_real(seen.columns(counted)[..., 0], seen) / counted.sum((2, 3))
+    mass = left_aligned(seen.columns(counted)[..., 0], real)[..., 0]
+    return mass / counted.sum((2, 3))
 
 
 @contextmanager
