@@ -3,9 +3,9 @@ import torch
 
 from analysis_tools import attending, banded, uniform
 from attached import left_padded, prompt
+from foveate.analysis._columns import first_weight
 from foveate.analysis._loss import next_token_loss
 from foveate.analysis.active_dormant import ActiveDormant, gap_of_logits, loss_changes
-from foveate.analysis.first_token import first_weight
 from foveate.hf.parts import run
 from foveate.hf.watch import watch
 from test_watch import eager_maps

@@ -16,6 +16,14 @@ def column_means(seen: Seen) -> Tensor:
     return seen.columns()[..., 0] / queries.clamp_min(1)
 
 
+def first_weight(seen: Seen, skip: int = 1) -> Tensor:
+    """Mean weight (B, Hq) of a text's first real key over its real rows but the first `skip`."""
+    real = seen.real_rows
+    counted = (real & (real.cumsum(1) > skip))[:, None, :, None].to(seen.q)
+    mass = left_aligned(seen.columns(counted)[..., 0], real)[..., 0]
+    return mass / counted.sum((2, 3))
+
+
 def row_averages(seen: Seen, u: Tensor) -> Tensor:
     """Mean (B, Hq, Lk, m) of numbers u (B, 1|Hq, Lq, m) over the real rows that see a key."""
     _, queries = seen.counts()

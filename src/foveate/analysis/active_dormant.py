@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.analysis._columns import first_to_others
+from foveate.analysis._columns import first_to_others, first_weight
 from foveate.analysis._loss import next_token_loss
 from foveate.analysis.base import Record, describe, stacked
-from foveate.analysis.first_token import first_weight
 from foveate.hf.ablate import ablate
 from foveate.hf.parts import Inputs, real_tokens, run
 from foveate.hf.watch import Seen, watch

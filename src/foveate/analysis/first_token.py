@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate import ops
-from foveate.analysis._columns import first_to_others, left_aligned
+from foveate.analysis._columns import first_to_others, first_weight
 from foveate.analysis.base import Record, describe, stacked
 from foveate.hf.parts import Inputs, Parts, real_tokens, run
 from foveate.hf.watch import Seen, watch
@@ -90,14 +90,6 @@ class FirstToken:
         axes |= {"value": ("layer", "kv_head"), "spread": ("layer", "text", "position")}
         about = describe(model, inputs, eps=self.eps, hidden_from=self.hidden_from)
         return Record("first_token", values, axes, "weight", about)
-
-
-def first_weight(seen: Seen, skip: int = 1) -> Tensor:
-    """Mean weight (B, Hq) of a text's first real key over its real rows but the first `skip`."""
-    real = seen.real_rows
-    counted = (real & (real.cumsum(1) > skip))[:, None, :, None].to(seen.q)
-    mass = left_aligned(seen.columns(counted)[..., 0], real)[..., 0]
-    return mass / counted.sum((2, 3))
 
 
 @contextmanager
