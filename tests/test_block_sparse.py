@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ from ops_tools import (
     qkv,
 )
 from test_attend import masks
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 1 << 20], ids=["by_block", "at_once"])
+def pairs(request):
+    """Both ways of PyTorch: block by block, and all logits of few pairs at once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(import_module("foveate.ops.block_sparse"), "_FEW", request.param)
+        yield
+
 
 LENGTHS = [(32, 32), (20, 20), (7, 20), (1, 20), (45, 70)]
 BLOCKS = [(8, 8), (4, 6), (16, 8), (1, 5)]

@@ -1,8 +1,18 @@
+from importlib import import_module
+
 import pytest
 import torch
 
 from foveate import ops
 from sparse_checks import qkv
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pairs():
+    """The way of many pairs also for the few of these tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(import_module("foveate.ops.block_sparse"), "_FEW", 0)
+        yield
 
 
 def layout_of(block, lq, lk, *, fill=0.6, heads=4, batch=2, seed=0):

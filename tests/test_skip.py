@@ -1,12 +1,21 @@
 """`skip` of `block_sparse`: blocks that turn out not to matter."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 
 from foveate import ops
 from ops_tools import TOLERANCE, held_to_reference, qkv
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pairs():
+    """The way of many pairs also for the few of these tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(import_module("foveate.ops.block_sparse"), "_FEW", 0)
+        yield
 
 
 def inputs(q_len=170, k_len=250, heads=6, block=(32, 16)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.ops import reference
 from foveate.ops.attend import attend_torch
 from foveate.ops.backend import current
-from foveate.ops.block_sparse import Tiles, check_layout
+from foveate.ops.block_sparse import Tiles, block_sparse_at_once, check_layout, few_pairs
 from foveate.ops.gather import check_indices, gather_native, gather_torch
 from foveate.ops.layout import BlockLayout
 from foveate.ops.mask import Mask
@@ -204,7 +204,9 @@ def block_sparse(
         return (out, lse) if return_lse else out
     if rule is not None:
         layout = skipped(Tiles(q, k, v, layout, **options, **at), rule)
-    if layout.block[0] == 1 < shape.q_len and plain:
+    if plain and few_pairs(shape):
+        out, lse = block_sparse_at_once(q, k, v, layout, **options)
+    elif layout.block[0] == 1 < shape.q_len and plain:
         out, lse = routed_torch(q, k, v, layout, **options)
     else:
         out, lse = Tiles(q, k, v, layout, **options, **at).run()

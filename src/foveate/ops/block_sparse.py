@@ -23,6 +23,8 @@ from foveate.ops.tile import attend_tile, default_scale, needs_grad, recomputed
 # Elements of gathered keys per chunk, and keys per tile: small enough that a chunk stays in the
 # cache between the gather and the kernel that reads it.
 _CHUNK, _KEYS = 1 << 18, 2048
+# Pairs of queries and keys up to which a call makes all its logits at once.
+_FEW = 1 << 20
 
 Chunk = tuple[Tensor, Tensor, Tensor]
 
@@ -39,6 +41,38 @@ def check_layout(layout: BlockLayout, shape: Shape) -> None:
             f"layout has (batch, heads) {(b, h)}; wanted batch 1 or {shape.batch} and heads 1, "
             f"{shape.kv_heads} or {shape.q_heads}"
         )
+
+
+def few_pairs(shape: Shape) -> bool:
+    """Whether a call is so small that all its logits at once are faster than block by block."""
+    return shape.batch * shape.q_heads * shape.q_len * shape.k_len <= _FEW
+
+
+def block_sparse_at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    mask: Mask | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch form of `block_sparse` for few pairs: dense logits, -inf where nothing is read."""
+    shape = check_qkv(q, k, v)
+    (bq, bk), device = layout.block, q.device
+    lead = TileGrid.of(shape.q_len, shape.k_len, bq).lead
+    rows = (torch.arange(shape.q_len, device=device) + lead) // bq
+    read = layout.to_bool()[:, :, rows][..., torch.arange(shape.k_len, device=device) // bk]
+    read = read.repeat_interleave(shape.q_heads // read.shape[1], 1)
+    rule = with_causal(mask, is_causal)
+    if rule is not None:
+        q_pos, k_pos = positions(shape.q_len, shape.k_len, None, None, device)
+        read = read & rule(*rule.axes(device), q_pos[:, None, :, None], k_pos[:, None, None])
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    added = torch.where(read, zero, float("-inf"))
+    return attend_tile(q, k, v, added, default_scale(scale, shape.dim), softcap)
 
 
 class Tiles:

@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
 def measure() -> Outcome:
     """Multi-query recall over 64 tokens with one full layer and three others, windows of 8."""
     figures = {
-        f"accuracy, {name}": accuracy(recall(partial(_model, kind), steps=200))
+        f"accuracy, {name}": accuracy(recall(partial(_model, kind), steps=300))
         for name, kind in (("shared keys", HySparse), ("windows", _Windows))
     }
     shared, windows = figures.values()
