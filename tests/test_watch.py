@@ -138,6 +138,8 @@ def test_refusals():
     with watch(model), pytest.raises(RuntimeError, match="shares its config"):
         run(twin, prompt(4))
     encoder, _ = tiny_encoder("bert")
+    with pytest.raises(TypeError, match="BertModel has no language-model head"):
+        head_logits(encoder, torch.zeros(1, 32))
     with (
         pytest.raises(TypeError, match="no feed-forward part in block 0"),
         watch(encoder, mlp_out=lambda layer, x: None),

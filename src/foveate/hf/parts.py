@@ -28,8 +28,14 @@ def body(model: Any) -> Any:
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (…, vocabulary) in float32 of hidden states (…, width), as the model makes them."""
-    logits = model.get_output_embeddings()(hidden)
+    """Logits (…, vocabulary) in float32 of hidden states (…, width), as the model makes them.
+
+    Raises TypeError for a model without a language-model head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(model).__name__} has no language-model head")
+    logits = head(hidden)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
