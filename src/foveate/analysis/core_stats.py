@@ -15,8 +15,8 @@ from foveate.hf.parts import Inputs, real_tokens, run
 from foveate.hf.watch import Seen, watch
 from foveate.registry import Card, register
 
-# Sampled rows whose weights are held at once.
-_CHUNK = 16
+# Sampled rows whose weights are held at once, and tokens in float64.
+_CHUNK, _TOKENS = 16, 512
 
 
 @register(
@@ -116,15 +116,20 @@ class CoreStats:
 
 def of_stream(x: Tensor) -> dict[str, Tensor]:
     """Rank collapse of tokens (n, width): `collapse`, `cosine`, `rank`."""
-    x = x.double()
-    centred = x - x.mean(0)
-    unit = x / x.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    n = len(x)
-    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()
+    n, width = x.shape
+    sums = x.new_zeros(2, width, dtype=torch.float64)
+    gram = x.new_zeros(width, width, dtype=torch.float64)
+    for part in x.split(_TOKENS):  # in float64, but never all of them
+        wide = part.double()
+        unit = wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        sums += torch.stack((wide.sum(0), unit.sum(0)))
+        gram += wide.T @ wide
+    total, apart = gram.trace(), (gram - torch.outer(sums[0], sums[0]) / n).trace()
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum()
     return {
-        "collapse": centred.norm() / x.norm(),
-        "cosine": (unit.sum(0).square().sum() - n) / (n * (n - 1)),
+        "collapse": (apart.clamp_min(0) / total).sqrt(),
+        "cosine": (sums[1].square().sum() - n) / (n * (n - 1)),
         "rank": (-torch.xlogy(share, share).sum()).exp(),
     }
 
