@@ -89,6 +89,7 @@ def test_layout_of_a_mask_gives_attention_under_it(name, joined):
     assert_same(got, ops.attend(q, k, v, mask=mask, causal=True, return_lse=True))
 
 
+@pytest.mark.parametrize("pairs", [0], indirect=True, ids=["by_block"])
 def test_partial_saves_looking_into_full_blocks():
     looked = []
     band = ops.window(500)
