@@ -80,7 +80,12 @@ function goTo(i) {
 }
 
 byId("text").append(...spans);
+// Text that scrolls under a pointer at rest, as by the keyboard, is not pointed at.
+let pointer = "";
 byId("text").addEventListener("mouseover", (event) => {
+  const place = `${event.clientX},${event.clientY}`;
+  if (place === pointer) return;
+  pointer = place;
   const span = event.target.closest("span");
   if (span) goTo(Number(span.dataset.i));
 });
