@@ -32,7 +32,7 @@ def inspected(tiny_model_dir, tmp_path_factory):
 
 def test_views_are_those_of_the_maps():
     model, ids = build("llama"), prompt(40)
-    seen, maps = views(model, ids, lambda layer: None), eager_maps(model, ids)
+    seen, maps = views(model, ids), eager_maps(model, ids)
     for layer, p in enumerate(maps):
         p, cell = p[0], torch.arange(40) * 32 // 40
         for i, j in ((0, 0), (5, 2), (31, 30), (20, 31)):

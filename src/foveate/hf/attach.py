@@ -18,7 +18,7 @@ from foveate.hf.adopt import adopt, announce, rotary_tables
 from foveate.hf.codec import CodecLayer
 from foveate.hf.eviction import EvictionLayer
 from foveate.hf.layers import PolicyLayer
-from foveate.hf.masks import layer_mask, refuse, understand
+from foveate.hf.masks import is_causal, layer_mask, refuse, understand
 from foveate.hf.plan import attention_plan, cache_plan
 from foveate.hf.planfile import Plan, load_plan
 from foveate.hf.tails import Prefix, TailLayer, follow
@@ -161,9 +161,7 @@ class Attachment:
         layers = getattr(self._cache, "layers", [])
         layer = layers[index] if index < len(layers) else None
         q_len, k_len = q.shape[2], k.shape[2]
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        seen = understand(attention_mask, bool(causal), q_len)
+        seen = understand(attention_mask, is_causal(module, options), q_len)
         if isinstance(layer, PolicyLayer):
             if seen.rule is not None and (layer.reads or isinstance(layer, EvictionLayer)):
                 raise ValueError(

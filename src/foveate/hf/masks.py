@@ -108,6 +108,12 @@ def _agree(function: Callable[..., Any], rule: Mask, q_offset: int, q_length: in
     return torch.equal(theirs, rule(at, at, rows, keys))
 
 
+def is_causal(module: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a layer's call is causal: its options say, or else the module."""
+    said = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
 def understand(attention_mask: Any, causal: bool, q_len: int) -> LayerMask:
     """The mask a layer was handed: ours, a 4-D tensor of the caller's, or nothing."""
     if isinstance(attention_mask, LayerMask):

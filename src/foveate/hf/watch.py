@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from foveate import ops
-from foveate.hf.masks import LayerMask, layer_mask, refuse, understand
+from foveate.hf.masks import LayerMask, is_causal, layer_mask, refuse, understand
 from foveate.hf.parts import Parts
 from foveate.ops import Mask
 
@@ -242,9 +242,7 @@ def _attend(
             "first, or build the models from separate configs"
         )
     refuse(dropout, options)
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    rule = understand(attention_mask, bool(causal), query.shape[2])
+    rule = understand(attention_mask, is_causal(module, options), query.shape[2])
     layer = session.parts.layer_of[module]
     seen = Seen(layer, query, key, value, rule, scaling, options.get("softcap"))
     for told in session.attending:

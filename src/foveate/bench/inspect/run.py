@@ -19,7 +19,6 @@ from foveate.analysis.vit_importance import slopes
 from foveate.bench.inspect.views import (
     CELLS,
     TOP_TOKENS,
-    Views,
     distances,
     looks,
     redundancy,
@@ -116,7 +115,6 @@ class Inspection:
         self.model, self.tokenizer, self.ids, self.folder = model, tokenizer, ids, folder
         self.path = folder / "inspect.json"
         self._parts, self._records = tuple(parts), dict[str, Record]()
-        self._views: Views | None = None
         self._heads: dict[str, Tensor] = {}
         shape = Parts(model)
         self.data: dict[str, Any] = {
@@ -173,7 +171,7 @@ class Inspection:
 
     def _see(self) -> None:
         """Maps, profiles, tokens that are looked at, and the norms of the stream."""
-        seen = self._views = views(self.model, self.ids, lambda layer: None)
+        seen = views(self.model, self.ids)
         self._metric("redundancy", *_REDUNDANCY, redundancy(seen.maps))
         top = seen.maps.amax((-1, -2), keepdim=True).clamp_min(1e-9)
         weights, keys = seen.columns.topk(min(TOP_TOKENS, self.ids.shape[1]), -1)

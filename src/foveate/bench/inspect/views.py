@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,8 @@ class Views(NamedTuple):
 
 
 @torch.inference_mode()
-def views(model: Any, ids: Tensor, told: Callable[[int], None]) -> Views:
-    """Views of all heads on token ids (1, L); `told` hears of every layer."""
+def views(model: Any, ids: Tensor) -> Views:
+    """Views of all heads on token ids (1, L)."""
     length = ids.shape[1]
     cells = min(CELLS, length)
     block = torch.arange(length) * cells // length
@@ -51,7 +51,6 @@ def views(model: Any, ids: Tensor, told: Callable[[int], None]) -> Views:
         found["maps"].append(members.T @ by_block / members.sum(0)[:, None])
         found["columns"].append(column_means(seen)[0])
         found["profiles"].append(_profile(seen, bins))
-        told(seen.layer)
 
     def entering(layer: int, x: Tensor) -> None:
         found["streams"].append(x[0].float().norm(dim=-1))
