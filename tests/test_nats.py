@@ -108,7 +108,7 @@ def fixed(layer, kinds):
     given = torch.nn.functional.one_hot(kinds, 3).float()
     seen = 0
 
-    def types(x, first=True):
+    def types(x, first=True, mask=None):
         nonlocal seen
         seen = 0 if first else seen
         seen += x.shape[1]

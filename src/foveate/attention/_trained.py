@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveate.attention.base import Attention, Call, Result
+from foveate.files import read_tensors, write_tensors
 from foveate.registry import Card
 
 FORMAT = "foveate.trained/1"
@@ -166,21 +164,13 @@ def write_trained(
     A mechanism with a dict `options` names them there, any other is a dataclass.
     """
     options = mechanism.options if hasattr(mechanism, "options") else asdict(mechanism)
-    draft = path.with_name(f"{path.name}.part")
     about = {
         "format": FORMAT,
         "mechanism": mechanism.card.name,
         "shape": json.dumps(shape._asdict()),
         "options": json.dumps(options),
     }
-    try:
-        save_file({k: x.detach().contiguous() for k, x in weights.items()}, draft, about)
-        draft.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+    write_tensors(path, weights, about)
 
 
 def read_trained(path: str, mechanism: str) -> Trained:
@@ -199,12 +189,7 @@ def read_trained(path: str, mechanism: str) -> Trained:
 @lru_cache(maxsize=8)
 def _read(path: str, stamp: tuple[int, int]) -> Trained:
     """A file, as the one that `stamp` tells from others of its name."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
+    weights, about = read_tensors(Path(path))
     if about.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by `foveate train`: its format is "

@@ -14,15 +14,16 @@ from foveate.ops import Mask
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What decoding keeps: keys and values (B, Hkv, tokens seen, D), keys rotated."""
+    """What decoding keeps: keys, rotated, and values (B, Hkv, n, D) from position `first` on."""
 
     keys: Tensor
     values: Tensor
+    first: int = 0
 
     @property
     def pos(self) -> int:
         """Tokens seen."""
-        return self.keys.shape[2]
+        return self.first + self.keys.shape[2]
 
 
 class Projections(NamedTuple):
@@ -59,10 +60,20 @@ class Projections(NamedTuple):
 
 
 def rotary(at: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Rotary tables (L, width) of positions at (L,)."""
-    turns = at[:, None] * theta ** -(torch.arange(0, width, 2, device=at.device) / width)
+    """Rotary tables (…, L, width) of positions at (…, L)."""
+    turns = at[..., None] * theta ** -(torch.arange(0, width, 2, device=at.device) / width)
     turns = torch.cat((turns, turns), -1)
     return turns.cos(), turns.sin()
+
+
+def heads_of(x: Tensor, width: int) -> Tensor:
+    """Heads (B, H, L, width) of x (B, L, H·width)."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def joined_heads(x: Tensor) -> Tensor:
+    """What heads (B, H, L, width) give side by side, (B, L, H·width)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class AttentionLayer(nn.Module):
@@ -118,15 +129,16 @@ class AttentionLayer(nn.Module):
         """
         if (state is not None or return_state) and (context is not None or not causal):
             raise ValueError("a state is kept for causal self-attention only")
-        old = 0 if state is None else state.pos
+        old, first = (0, 0) if state is None else (state.pos, state.first)
         source = x if context is None else context
         end = old + source.shape[1]
         q, k, v = self.split(x, source)
         q, k = self._turned(q, max(end - x.shape[1], 0)), self._turned(k, old)
         if state is not None:
             k, v = torch.cat((state.keys, k), 2), torch.cat((state.values, v), 2)
-        y = self.joined(self.attend(q, k, v, causal, mask))
-        return (y, KeyValues(k, v)) if return_state else y
+        seen = mask if mask is None or first == 0 else mask.shifted(first)
+        y = self.joined(self.attend(q, k, v, causal, seen))
+        return (y, self.kept(k, v, first)) if return_state else y
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One token x (B, dim) after those of the state: y (B, dim) and the state after it."""
@@ -144,17 +156,18 @@ class AttentionLayer(nn.Module):
                 )
             mine.copy_(weight)
 
+    def kept(self, keys: Tensor, values: Tensor, first: int) -> KeyValues:
+        """What decoding keeps of keys and values from position `first` on: all of them."""
+        return KeyValues(keys, values, first)
+
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x (B, L, dim), keys and values of a source, (B, H, L, D) each, not rotated."""
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for y in (self.q(x), self.k(source), self.v(source))
-        )
+        q, k, v = (heads_of(y, self.head_dim) for y in (self.q(x), self.k(source), self.v(source)))
         return q, k, v
 
     def joined(self, out: Tensor) -> Tensor:
         """What heads give, (B, H, L, D) -> (B, L, dim)."""
-        y: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        y: Tensor = self.out(joined_heads(out))
         return y
 
     def _turned(self, x: Tensor, first: int) -> Tensor:

@@ -8,7 +8,9 @@ last Lq positions. A row that sees no key gives 0 and lse -inf.
 from foveate.ops.api import attend, block_sparse, gather
 from foveate.ops.attend_quantized import attend_quantized
 from foveate.ops.backend import backend
+from foveate.ops.convolution import fft_conv, short_conv
 from foveate.ops.elementwise_scan import elementwise_scan
+from foveate.ops.features import FeatureMap, feature_map
 from foveate.ops.grids import disc, global_tokens, neighborhood, radial, strided, tile_order
 from foveate.ops.hadamard import hadamard
 from foveate.ops.layout import (
@@ -19,8 +21,18 @@ from foveate.ops.layout import (
     full_layout,
     visible_pairs,
 )
-from foveate.ops.linear_attention import linear_attention_global
-from foveate.ops.mask import Mask, causal, dense, documents, groups, padding, sinks, window
+from foveate.ops.linear_attention import linear_attention_causal, linear_attention_global
+from foveate.ops.mask import (
+    Mask,
+    causal,
+    dense,
+    documents,
+    groups,
+    padding,
+    real_tokens,
+    sinks,
+    window,
+)
 from foveate.ops.measure import RowStats, attend_T, attention_rows, row_stats, visible_counts
 from foveate.ops.merge import merge
 from foveate.ops.mix import mix
@@ -38,6 +50,7 @@ from foveate.ops.tree_search import tree_search
 
 __all__ = [
     "BlockLayout",
+    "FeatureMap",
     "Mask",
     "Normalizer",
     "Quantized",
@@ -63,6 +76,8 @@ __all__ = [
     "disc",
     "documents",
     "elementwise_scan",
+    "feature_map",
+    "fft_conv",
     "force",
     "from_map",
     "from_mask",
@@ -72,6 +87,7 @@ __all__ = [
     "grouped_logits",
     "groups",
     "hadamard",
+    "linear_attention_causal",
     "linear_attention_global",
     "merge",
     "mix",
@@ -84,9 +100,11 @@ __all__ = [
     "quantize",
     "quantized_bytes",
     "radial",
+    "real_tokens",
     "rope",
     "row_stats",
     "scan",
+    "short_conv",
     "sinks",
     "strided",
     "threshold",

@@ -45,7 +45,8 @@ class Mask:
     surely empty, `every` true where it is surely full; `exact`, where a mask has it, is true of
     tiles for which both are not only bounds but the truth. `batch` and `heads` are above 1 when
     the mask differs over them. `runs(b, h, q_pos)`, where a mask has it, is another form of the
-    predicate: a query sees the positions [first, end) of its runs (…, runs, 2).
+    predicate: a query sees the positions [first, end) of its runs (…, runs, 2). `valid` (B, L)
+    is the whole of a mask that hides tokens as such, from every query.
     """
 
     predicate: Predicate
@@ -55,6 +56,7 @@ class Mask:
     name: str = "mask"
     runs: Runs | None = None
     exact: Exact | None = None
+    valid: Tensor | None = None
 
     def __call__(self, b: Tensor, h: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Evaluate the predicate on broadcasting integer tensors."""
@@ -127,6 +129,20 @@ class Mask:
             None if self.runs is None else partial(runs, self.runs),
             # A tile of slots is not the tile between the positions of its ends.
             None if self.exact is None or slots is not None else partial(exact, self.exact),
+        )
+
+    def shifted(self, by: int) -> Mask:
+        """The mask as seen from positions that start at `by`: position p stands for p + by."""
+
+        def moved(pos: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(p + by for p in pos)
+
+        return Mask(
+            lambda b, h, *at: self.predicate(b, h, *moved(at)),
+            lambda b, h, *tile: self.bounds(b, h, *moved(tile)),
+            self.batch,
+            self.heads,
+            f"{self.name} from {by}",
         )
 
     def to_dense(
@@ -323,7 +339,26 @@ def padding(valid: Tensor) -> Mask:
         batch=table.shape[0],
         name="padding(…)",
         runs=runs_of(table),
+        valid=table,
     )
+
+
+def real_tokens(mask: Mask | None, batch: int, length: int) -> Tensor | None:
+    """Which of the last `length` tokens of each row are real, (batch, length), or None for all.
+
+    Raises ValueError for a mask that is no padding, and for one of another size.
+    """
+    if mask is None:
+        return None
+    if mask.valid is None:
+        raise ValueError(f"a recurrence can only be masked by ops.padding(valid), got {mask}")
+    rows, seen = mask.valid.shape
+    if rows not in (1, batch) or seen < length:
+        raise ValueError(
+            f"the padding mask is of {rows} rows of {seen} tokens, x is of {batch} of {length}"
+        )
+    valid = mask.valid[:, seen - length :].expand(batch, -1)
+    return None if bool(valid.all()) else valid
 
 
 def dense(visible: Tensor, *, q_start: int | None = None) -> Mask:

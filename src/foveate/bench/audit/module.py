@@ -12,9 +12,12 @@ from torch import Tensor
 
 from foveate import ops
 from foveate.bench.audit import Check, Fault, Unfit, close
+from foveate.nn._planar import Planar
 from foveate.registry import create
 
 LENGTH, BATCH, CUT = 37, 2, 22
+# Sides of the maps that layers on images take.
+SIDE = 6
 
 
 def small(cls: Any, **options: Any) -> Any:
@@ -26,13 +29,17 @@ def small(cls: Any, **options: Any) -> Any:
 
 
 def tokens(cls: Any, seed: int = 0) -> Tensor:
-    """Random x (2, 37, dim)."""
+    """Random x (2, 37, dim), or (2, dim, 6, 6) for a layer on maps."""
     made = torch.Generator().manual_seed(seed)
-    return torch.randn(BATCH, LENGTH, cls.card.small["dim"], generator=made)
+    dim = cls.card.small["dim"]
+    shape = (dim, SIDE, SIDE) if issubclass(cls, Planar) else (LENGTH, dim)
+    return torch.randn(BATCH, *shape, generator=made)
 
 
 def ways(cls: Any) -> list[dict[str, Any]]:
-    """Arguments of `forward`, beside x, for each pattern on the card."""
+    """Arguments of `forward`, beside x, for each pattern on the card; a layer on maps has none."""
+    if issubclass(cls, Planar):
+        return [{}]
     out = []
     for pattern in cls.card.patterns:
         direction, source = pattern.split()
@@ -62,7 +69,7 @@ def shapes(cls: Any) -> None:
 def no_look_ahead(cls: Any) -> None:
     """Where it is causal, later tokens change nothing before them."""
     layer, x = small(cls), tokens(cls)
-    causal = [way for way in ways(cls) if way["causal"]]
+    causal = [way for way in ways(cls) if way.get("causal")]
     if not causal:
         raise Unfit("attends to both sides: later tokens are meant to be seen")
     for way in causal:
@@ -74,6 +81,8 @@ def no_look_ahead(cls: Any) -> None:
 @torch.no_grad()
 def mask_honoured(cls: Any) -> None:
     """Tokens that a mask hides change nothing elsewhere."""
+    if issubclass(cls, Planar):
+        raise Unfit("takes whole maps, which have no padding")
     layer, x = small(cls), tokens(cls)
     hidden = torch.arange(LENGTH) % 3 == 1
     for way in ways(cls):
@@ -107,6 +116,58 @@ def steps(cls: Any) -> None:
         y, state = layer.step(x[:, t], state)
         outs.append(y[:, None])
     close(torch.cat(outs, 1), layer(x))
+
+
+@torch.no_grad()
+def handed_over(cls: Any) -> None:
+    """Handed over at any token, a state goes on as if there had been no break."""
+    if not hasattr(cls, "step"):
+        raise Unfit("has no step: its card says how it decodes")
+    layer, x = small(cls), tokens(cls)
+    want = layer(x)
+    for cut in (1, 16, LENGTH - 1):
+        first, state = layer(x[:, :cut], return_state=True)
+        rest, _ = layer(x[:, cut:], state=state, return_state=True)
+        close(torch.cat((first, rest), 1), want)
+
+
+@torch.no_grad()
+def padding(cls: Any) -> None:
+    """A row padded on either side gives at its tokens what it gives alone, and goes on alike."""
+    if issubclass(cls, Planar):
+        raise Unfit("takes whole maps, which have no padding")
+    layer, x, way = small(cls), tokens(cls)[:1], ways(cls)[-1]
+    keeps = hasattr(cls, "step") and "causal self" in cls.card.patterns
+    way = {"causal": True} if keeps else {k: v for k, v in way.items() if k != "context"}
+    if f"{'causal' if way['causal'] else 'noncausal'} self" not in cls.card.patterns:
+        raise Unfit("has no self-attention to pad")
+    real = torch.arange(LENGTH + 5)
+    for valid in (real >= 5, real < LENGTH):
+        padded = torch.full((1, LENGTH + 5, x.shape[2]), 3.0)
+        padded[:, valid] = x
+        call = {**way, "mask": ops.padding(valid)}
+        close(layer(padded, **call)[:, valid], layer(x, **way))
+        if keeps and valid[-1]:
+            _, after = layer(padded, **call, return_state=True)
+            _, want = layer(x, return_state=True)
+            more = torch.ones(1, 1, dtype=torch.bool)
+            longer = ops.padding(torch.cat((valid[None], more), 1))
+            got, _ = layer(x[:, :1], mask=longer, state=after, return_state=True)
+            close(got, layer(x[:, :1], state=want, return_state=True)[0])
+
+
+@torch.no_grad()
+def state_checked(cls: Any) -> None:
+    """A state of another batch is refused."""
+    if not hasattr(cls, "step"):
+        raise Unfit("has no step: its card says how it decodes")
+    layer, x = small(cls), tokens(cls)
+    _, state = layer(x, return_state=True)
+    try:
+        layer(x[:1], state=state, return_state=True)
+    except (ValueError, RuntimeError):
+        return
+    raise Fault("takes a state of another batch")
 
 
 def gradients(cls: Any) -> None:
@@ -162,6 +223,9 @@ PROPERTIES: dict[str, Check] = {
     "mask honoured": mask_honoured,
     "batch": batch,
     "steps = forward": steps,
+    "handed over": handed_over,
+    "padding": padding,
+    "state checked": state_checked,
     "gradients": gradients,
     "bfloat16": bfloat16,
     "copies": copies,

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from foveate.attention.base import Attention, Call
+from foveate.attention.base import Attention
 from foveate.bench.claims import Outcome
 from foveate.hf.text import builtin_text
-from foveate.nn._attention import AttentionLayer
-from foveate.ops import Mask
+from foveate.nn._attending import Attending
 from foveate.tasks.batch import Batch
 from foveate.tasks.mqar import mqar
 from foveate.tasks.train import fit
@@ -73,22 +72,16 @@ class Residual(nn.Module):
         return y
 
 
-class Attending(AttentionLayer):
-    """An attention mechanism as a layer, one of several."""
-
-    def __init__(self, mechanism: Attention, index: int, layers: int, dim: int, heads: int) -> None:
-        super().__init__(dim, heads, heads, theta=10_000.0)
-        self.mechanism, self.place = mechanism, (index, layers)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask | None) -> Tensor:
-        """What the mechanism gives."""
-        call = Call(layer=self.place[0], layers=self.place[1])
-        return self.mechanism(q, k, v, causal=causal, mask=mask, call=call)
+def attending_layer(
+    mechanism: Attention, layers: int, dim: int, heads: int
+) -> Callable[[int], Attending]:
+    """Layer i of so many that attend under a mechanism, their heads rotated by position."""
+    return lambda i: Attending(mechanism, dim, heads, index=i, layers=layers, theta=10_000.0)
 
 
 def attending(mechanism: Attention, *, layers: int = 2, heads: int = 2, dim: int = 64) -> Recaller:
     """Layers that attend under a mechanism, in a model that can recall."""
-    own = (Attending(mechanism, i, layers, dim, heads) for i in range(layers))
+    own = map(attending_layer(mechanism, layers, dim, heads), range(layers))
     return Recaller([Residual(layer, dim) for layer in own], dim)
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from foveate import ops
-from foveate.nn._attention import AttentionLayer, Projections
-from foveate.ops import Mask
+from foveate.nn._attention import Projections
+from foveate.nn.dense.softmax_attention import SoftmaxAttention
 from foveate.registry import PATTERNS, Card, register
 
 
@@ -30,7 +28,7 @@ from foveate.registry import PATTERNS, Card, register
         small={"dim": 32, "heads": 4, "kv_heads": 2, "theta": 10_000.0},
     )
 )
-class MQA(AttentionLayer):
+class MQA(SoftmaxAttention):
     """Attention whose `heads` query heads share `kv_heads` key and value heads, 1 by default.
 
     Query head h reads kv head h // (heads / kv_heads): `kv_heads` = `heads` is multi-head, anything
@@ -51,8 +49,6 @@ class MQA(AttentionLayer):
     ) -> None:
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, heads, kv_heads, head_dim=head_dim, theta=theta, **made)
-        if heads % kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
 
     @classmethod
     def converted(
@@ -75,7 +71,3 @@ class MQA(AttentionLayer):
         layer = cls(dim, heads, kv_heads, head_dim=width, theta=theta, **made)
         layer.load(weights._replace(**pooled))
         return layer
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask | None) -> Tensor:
-        """Grouped attention."""
-        return ops.attend(q, k, v, causal=causal, mask=mask)

@@ -118,10 +118,10 @@ class Nats(AttentionLayer):
         if self.training:
             if state is not None or return_state:
                 raise ValueError("nats keeps a state for decoding only: call eval() first")
-            out = soft_attend(q, k, v, self.types(x), self.window, mask)
+            out = soft_attend(q, k, v, self.types(x, mask=mask), self.window, mask)
             return self.joined(out)
         at = torch.arange(old, old + x.shape[1], device=x.device).expand(k.shape[:3])
-        kinds = self.types(x, first=old == 0).argmax(-1)
+        kinds = self.types(x, first=old == 0, mask=mask).argmax(-1)
         if state is not None:
             k, v = torch.cat((state.keys, k), 2), torch.cat((state.values, v), 2)
             at, kinds = torch.cat((state.at, at), 2), torch.cat((state.kinds, kinds), 2)
@@ -131,7 +131,7 @@ class Nats(AttentionLayer):
             return y
         return y, _packed(k, v, at, kinds, last, old + x.shape[1])
 
-    def types(self, x: Tensor, first: bool = True) -> Tensor:
+    def types(self, x: Tensor, first: bool = True, mask: Mask | None = None) -> Tensor:
         """One-hot types (B, Hkv, L, 3) of tokens x; `first`: they begin the sequence."""
         x = x.detach() if self.detach else x
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -139,8 +139,9 @@ class Nats(AttentionLayer):
         logits = logits.unflatten(-1, (self.kv_heads, 3)).transpose(1, 2)
         if not self.training:
             types = one_hot(logits.argmax(-1), 3).to(wide)
-            return _forced(types, 0) if first else types
-        types = _forced(_forced(gumbel_softmax(logits, hard=True), 0), -1)
+            return _forced(types, _begins(x, mask)) if first else types
+        last = torch.arange(x.shape[1], device=x.device) == x.shape[1] - 1
+        types = _forced(gumbel_softmax(logits, hard=True), _begins(x, mask) | last)
         if types.requires_grad and self.pressure:
             price = self.pressure * kept_for(types.detach())
             types.register_hook(lambda grad: grad + price)
@@ -172,13 +173,18 @@ class Nats(AttentionLayer):
         return ops.block_sparse(q, k, v, layout, causal=True, mask=kept)
 
 
-def _forced(types: Tensor, place: int) -> Tensor:
-    """The same types, but Global at one place."""
-    fixed = torch.zeros_like(types[:, :, 0])
-    fixed[..., GLOBAL] = 1
-    here = torch.zeros(types.shape[2], 1, dtype=torch.bool, device=types.device)
-    here[place] = True
-    return torch.where(here, fixed[:, :, None], types)
+def _forced(types: Tensor, places: Tensor) -> Tensor:
+    """The same types, but Global at places (1|B, L)."""
+    fixed = torch.zeros_like(types[0, 0, 0])
+    fixed[GLOBAL] = 1
+    return torch.where(places[:, None, :, None], fixed, types)
+
+
+def _begins(x: Tensor, mask: Mask | None) -> Tensor:
+    """Where the rows of x (B, L, dim) begin, (1|B, L) bool: at their first real token."""
+    if mask is None or mask.valid is None:
+        return torch.arange(x.shape[1], device=x.device)[None] == 0
+    return (mask.valid.cumsum(1) == 1) & mask.valid
 
 
 def _packed(k: Tensor, v: Tensor, at: Tensor, kinds: Tensor, last: Tensor, end: int) -> NatsState:

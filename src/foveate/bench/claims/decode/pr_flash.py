@@ -6,7 +6,7 @@ from foveate.attention.base import Attention
 from foveate.attention.decode.pr_flash import PrFlash
 from foveate.attention.sparse.sink_window import SinkWindow
 from foveate.bench.claims import Outcome
-from foveate.bench.claims._toys import Attending, held_out_loss, speaker
+from foveate.bench.claims._toys import attending_layer, held_out_loss, speaker
 
 CLAIM = "a model trained with blocks visited at random beats one trained with a window as dense"
 
@@ -31,5 +31,6 @@ def measure() -> Outcome:
 
 def _trained(mechanism: Attention) -> float:
     """Loss of a model that attends under a mechanism."""
-    model = speaker(lambda i: Attending(mechanism, i, _LAYERS, 64, 4), length=_LENGTH, steps=_STEPS)
+    layer = attending_layer(mechanism, _LAYERS, 64, 4)
+    model = speaker(layer, length=_LENGTH, steps=_STEPS)
     return held_out_loss(model, _LENGTH)

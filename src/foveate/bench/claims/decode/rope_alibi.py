@@ -2,7 +2,7 @@
 
 from foveate.attention.decode.rope_alibi import RopeALiBi
 from foveate.bench.claims import Outcome
-from foveate.bench.claims._toys import Attending, held_out_loss, speaker
+from foveate.bench.claims._toys import attending_layer, held_out_loss, speaker
 
 CLAIM = "trained on 64 bytes, 512 are as easy with a penalty on distance, not by rotation alone"
 
@@ -29,5 +29,5 @@ def measure() -> Outcome:
 def _losses(slope: float) -> dict[int, float]:
     """By length, of a model trained on short rows with a slope."""
     mechanism = RopeALiBi(slope=slope)
-    model = speaker(lambda i: Attending(mechanism, i, _LAYERS, _DIM, _HEADS), length=_SHORT)
+    model = speaker(attending_layer(mechanism, _LAYERS, _DIM, _HEADS), length=_SHORT)
     return {length: held_out_loss(model, length) for length in (_SHORT, _LONG)}

@@ -1,0 +1,1 @@
+"""Linear attention, recurrences, state spaces, and what is mixed with them."""
