@@ -142,11 +142,18 @@ def speaker(
             nn.RMSNorm(dim),
             nn.Linear(dim, 256),
         )
+    return trained_on_bytes(model, length=length, steps=steps, lr=lr)
+
+
+def trained_on_bytes(
+    model: nn.Module, *, length: int, steps: int, lr: float = 3e-3, rows: int = 8
+) -> nn.Module:
+    """A language model of bytes, (B, L) -> (B, L, 256), trained on the built-in text."""
     seen = _bytes()[_HELD_OUT:]
 
     def loss(step: int) -> Tensor:
         made = torch.Generator().manual_seed(step)
-        at = torch.randint(len(seen) - length, (8, 1), generator=made)
+        at = torch.randint(len(seen) - length, (rows, 1), generator=made)
         return _next_byte_loss(model, seen[at + torch.arange(length + 1)])
 
     fit(model.parameters(), loss, steps=steps, lr=lr)

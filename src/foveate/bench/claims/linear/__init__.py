@@ -1,0 +1,1 @@
+"""Claims of linear, recurrent and hybrid sequence layers."""

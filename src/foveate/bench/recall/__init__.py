@@ -1,0 +1,1 @@
+"""Recall of small models against the size of their state: `foveate recall`."""
