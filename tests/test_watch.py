@@ -95,6 +95,35 @@ def test_streams_add_up_and_can_be_changed():
     assert not torch.allclose(changed, Parts(model).final_norm()(held["block_out", 3]))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_statistics_and_outputs_come_from_one_pass_and_a_bias_from_another(family):
+    model, ids = build(family), prompt(20, 2)
+    plain = run(model, ids)
+    passes, means = [], []
+
+    def measuring(seen):
+        before = seen.attend
+        seen.attend = lambda *x: passes.append(seen.layer) or before(*x)
+        u = torch.randn(*seen.k.shape[:3], 2, generator=torch.Generator().manual_seed(0))
+        means.append(seen.row_stats(u).means)
+        torch.testing.assert_close(
+            means[-1], foveate.ops.row_stats(seen.q, seen.k, u, **seen.options()).means
+        )
+
+    with watch(model, attention=measuring):
+        torch.testing.assert_close(run(model, ids), plain, rtol=1e-4, atol=1e-4)
+    assert passes == []
+
+    def biased(seen):
+        seen.row_stats()
+        if seen.layer == 1:
+            seen.bias = torch.linspace(0, 9, ids.shape[1]).expand(1, 1, ids.shape[1], -1)
+
+    with watch(model, attention=biased):
+        assert not torch.allclose(run(model, ids), plain, atol=1e-2)
+
+
 def test_watches_nest_and_the_inner_sees_what_the_outer_changed():
     model, outs = build("llama"), []
     with (

@@ -83,6 +83,17 @@ class Record:
             ["dense" if (i, h) in dense else rest for h in range(per_layer)] for i in range(layers)
         ]
 
+    def cache_plan(self, top: int, per_layer: int, budget: int, name: str = "") -> list[str | None]:
+        """What `attach` takes as the slot cache: the kv heads that the `top` heads read keep all.
+
+        The others keep the first tokens and the last of a budget; per_layer is the number of kv
+        heads of a layer.
+        """
+        full: list[list[int]] = [[] for _ in self._heads(name)]
+        for layer, head in self.kv_heads(top, per_layer, name):
+            full[layer].append(head)
+        return [_cached(heads, per_layer, budget) for heads in full]
+
     def _heads(self, name: str) -> Tensor:
         value = self[name or self.score]
         if self.axes[name or self.score] != ("layer", "head"):
@@ -113,6 +124,15 @@ class Record:
                 f"the record {self.analysis} is of {self.about.get('model')} with {want[0]} layers "
                 f"of {want[1]} heads; this model has {have[0]} of {have[1]}"
             )
+
+
+def _cached(full: list[int], per_layer: int, budget: int) -> str | None:
+    """The policy of a layer whose kv heads `full` keep everything; None: all of them."""
+    if len(full) == per_layer:
+        return None
+    if not full:
+        return f"window:budget={budget}"
+    return f"duo:budget={budget},full={'/'.join(map(str, full))}"
 
 
 def load_record(path: str | Path) -> Record:

@@ -6,7 +6,7 @@ transformers cache is in `foveate.hf.layers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -99,8 +99,12 @@ class Eviction(CachePolicy):
         """Where kv heads can keep different numbers of slots, or slots weigh differently."""
         return "count" in self.notes
 
+    def load(self, lengths: Sequence[int]) -> float:
+        """What a row whose kv heads hold so many slots holds of its budget: their mean."""
+        return sum(lengths) / len(lengths)
+
     def due(self, held: float, *, prefill: bool) -> bool:
-        """Whether a row of `held` slots per kv head, on average, evicts when a call ends."""
+        """Whether a row that holds so much of its budget evicts when a call ends."""
         return prefill and held > self.budget
 
     def observe(self, q: Tensor, k: Tensor, notes: Packed, *, scale: float | None) -> Packed:

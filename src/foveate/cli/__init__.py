@@ -10,7 +10,18 @@ import typer
 from rich.markup import escape
 
 from foveate import registry
-from foveate.cli import bench, catalog, checks, compare, cost, inspect, train, tune
+from foveate.cli import (
+    bench,
+    catalog,
+    checks,
+    compare,
+    cost,
+    inspect,
+    linearize,
+    recall,
+    train,
+    tune,
+)
 from foveate.cli.console import app, err
 
 __all__ = [
@@ -21,7 +32,9 @@ __all__ = [
     "compare",
     "cost",
     "inspect",
+    "linearize",
     "main",
+    "recall",
     "train",
     "tune",
 ]

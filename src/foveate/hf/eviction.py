@@ -134,7 +134,7 @@ class EvictionLayer(PolicyLayer):
                 continue
             if self.policy.notes:
                 row = self._observed(queries, row, scale)
-            if self.policy.due(sum(row.lengths) / len(row.lengths), prefill=prefill):
+            if self.policy.due(self.policy.load(row.lengths), prefill=prefill):
                 scores = self._scores(queries, row, scale)
                 kept = self.policy.keep(scores)
                 if record is not None and prefill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from foveate.nn import Transformer
 from foveate.nn._recurrent import state_bytes
-from foveate.tasks.batch import Batch
+from foveate.tasks.batch import Batch, check_at_least
 from foveate.tasks.mqar import mqar
 from foveate.tasks.train import fit
 
@@ -38,15 +39,22 @@ class Recall:
     lr: float = 3e-3
     test_rows: int = 1000
 
+    def __post_init__(self) -> None:
+        names = ("width", "heads", "layers", "steps", "batch", "test_rows")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained model, its accuracy on fresh rows, and what it holds."""
+    """A trained model, its accuracy on fresh rows, what it holds, and how long it took to train."""
 
     model: Transformer
     accuracy: float
     parameters: int
     state_bytes: int
+    seconds: float
 
 
 def learn(
@@ -61,28 +69,41 @@ def learn(
     Raises ValueError for an unknown layer and for sizes that do not fit.
     """
     task = task or Recall()
+    start = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Transformer(
-            task.vocabulary,
-            task.width,
-            pattern,
-            layers=task.layers,
-            heads=task.heads,
-            mlp=0,
-            conv=task.conv,
-            theta=None,
-            positions=task.length,
-        )
+        model = _model(pattern, task)
 
         def loss(step: int) -> Tensor:
             rows = _rows(task, task.batch, seed * task.steps + step)
             return rows.loss(model(rows.inputs))
 
         fit(model.parameters(), loss, steps=task.steps, lr=task.lr, seen=seen)
+    seconds = time.perf_counter() - start
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())
-    return Learned(model, accuracy(model, task), parameters, _held(model, task))
+    return Learned(model, accuracy(model, task), parameters, _held(model, task), seconds)
+
+
+def state_of(pattern: str, task: Recall) -> int:
+    """Bytes that a model keeps while decoding a row, without training it; raises as `learn`."""
+    with torch.random.fork_rng():
+        return _held(_model(pattern, task).eval(), task)
+
+
+def _model(pattern: str, task: Recall) -> Transformer:
+    """Layers after a pattern with learned positions and without MLPs, untrained."""
+    return Transformer(
+        task.vocabulary,
+        task.width,
+        pattern,
+        layers=task.layers,
+        heads=task.heads,
+        mlp=0,
+        conv=task.conv,
+        theta=None,
+        positions=task.length,
+    )
 
 
 @torch.no_grad()

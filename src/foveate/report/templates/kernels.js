@@ -142,21 +142,5 @@ function drawAll() {
   drawBench();
 }
 
-// --- what the reader can do -------------------------------------------------------------------
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  document.getElementById("theme").textContent = theme === "dark" ? "Light" : "Dark";
-  drawAll();
-}
-
-document.getElementById("theme").addEventListener("click", () => {
-  chosenTheme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  try { localStorage.setItem("foveate-theme", chosenTheme); } catch { /* a private window */ }
-  setTheme(chosenTheme);
-});
-systemDark.addEventListener("change", () => setTheme(wantedTheme()));
 document.getElementById("bench").addEventListener("change", drawBench);
-window.addEventListener("beforeprint", () => setTheme("light"));
-window.addEventListener("afterprint", () => setTheme(wantedTheme()));
 setTheme(wantedTheme());

@@ -1,18 +1,5 @@
-// What the reader can do: sort, copy, switch the phase, switch the theme, print.
+// What the reader can do: sort, copy, switch the phase.
 "use strict";
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  document.getElementById("theme").textContent = theme === "dark" ? "Light" : "Dark";
-  drawAll();
-}
-
-document.getElementById("theme").addEventListener("click", () => {
-  chosenTheme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  try { localStorage.setItem("foveate-theme", chosenTheme); } catch { /* a private window */ }
-  setTheme(chosenTheme);
-});
-systemDark.addEventListener("change", () => setTheme(wantedTheme()));
 
 document.getElementById("view").addEventListener("change", () => {
   document.getElementById("view-note").textContent =
@@ -66,6 +53,4 @@ window.addEventListener("resize", () => {
   drawnWidth = document.body.clientWidth;
   drawAll();
 });
-window.addEventListener("beforeprint", () => setTheme("light"));
-window.addEventListener("afterprint", () => setTheme(wantedTheme()));
 setTheme(wantedTheme());
