@@ -59,6 +59,18 @@ class Projections(NamedTuple):
         return cls(*(part.weight.detach() for part in parts if part is not None))
 
 
+@torch.no_grad()
+def load_projections(layer: nn.Module, weights: Projections) -> None:
+    """Copy trained projections to a layer's q, k, v and out; ValueError when one does not fit."""
+    for name, weight in weights._asdict().items():
+        mine = layer.get_parameter(f"{name}.weight")
+        if weight.shape != mine.shape:
+            raise ValueError(
+                f"projection {name} must be {tuple(mine.shape)}, got {tuple(weight.shape)}"
+            )
+        mine.copy_(weight)
+
+
 def rotary(at: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Rotary tables (…, L, width) of positions at (…, L)."""
     turns = at[..., None] * theta ** -(torch.arange(0, width, 2, device=at.device) / width)
@@ -145,16 +157,9 @@ class AttentionLayer(nn.Module):
         y, state = self.forward(x[:, None], state=state, return_state=True)
         return y[:, 0], state
 
-    @torch.no_grad()
     def load(self, weights: Projections) -> None:
         """Take over projections of the sizes of its own; ValueError when one does not fit."""
-        for name, weight in weights._asdict().items():
-            mine = self.get_parameter(f"{name}.weight")
-            if weight.shape != mine.shape:
-                raise ValueError(
-                    f"projection {name} must be {tuple(mine.shape)}, got {tuple(weight.shape)}"
-                )
-            mine.copy_(weight)
+        load_projections(self, weights)
 
     def kept(self, keys: Tensor, values: Tensor, first: int) -> KeyValues:
         """What decoding keeps of keys and values from position `first` on: all of them."""

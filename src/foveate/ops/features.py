@@ -32,7 +32,7 @@ def taylor2(x: Tensor) -> Tensor:
     width = x.shape[-1]
     row, column = torch.triu_indices(width, width, device=x.device)
     # s² has every product of two different channels twice.
-    weight = torch.where(row == column, 0.5, 1.0).sqrt().to(x.dtype)
+    weight = torch.where(row == column, 0.5, 1.0).to(x.dtype).sqrt()
     x = x * width**-0.25
     return torch.cat((torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight), -1)
 
