@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
-from foveate import ops
-from foveate.nn._attention import heads_of
-from foveate.nn._linear import Readout, ShortConv, decay_rates, head_width, step_bias
-from foveate.nn._recurrent import Recurrent
+from foveate.nn._linear import decay_rates, step_bias
+from foveate.nn.linear._delta import DeltaRule
 from foveate.registry import Card, register
 
 
@@ -28,22 +25,24 @@ from foveate.registry import Card, register
         cost="O(L·D²) time",
         decoding="a state of heads · K · V numbers and the last inputs of three convolutions",
         confidence="high",
-        small={"dim": 32, "heads": 4, "expand_k": 1.0, "expand_v": 1.0},
+        small={"dim": 32, "heads": 2, "v_heads": 4, "expand_k": 1.0, "expand_v": 1.0},
     )
 )
-class GatedDeltaNet(Recurrent):
+class GatedDeltaNet(DeltaRule):
     """S_t = (I - β_t k_t k_tᵀ) exp(g_t) S_{t-1} + β_t k_t v_tᵀ, o_t = S_tᵀ q_t / sqrt(K).
 
     q, k and v pass a causal convolution of `conv` tokens and SiLU, q and k have length 1; β is a
     sigmoid of the input (doubled where `negative`, so that a state may change sign), g =
-    -A softplus(x W + b). Keys have `expand_k` of dim channels over all heads, values `expand_v`.
-    Raises ValueError for sizes that do not divide.
+    -A softplus(x W + b). Keys have `expand_k` of dim channels over all heads, values `expand_v`;
+    v_heads (None: as many as heads) are in groups that share a key head. Raises ValueError for
+    sizes that do not divide.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int,
+        v_heads: int | None = None,
         *,
         expand_k: float = 0.75,
         expand_v: float = 1.5,
@@ -52,35 +51,23 @@ class GatedDeltaNet(Recurrent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.k_width, self.v_width = (head_width(dim, heads, n) for n in (expand_k, expand_v))
-        self.negative = negative
-        sizes = (heads * self.k_width, heads * self.k_width, heads * self.v_width)
-        self.qkv = nn.Linear(dim, sum(sizes), bias=False, **made)
-        self.convs = ShortConv(sum(sizes), conv, **made)
-        self.sizes = sizes
-        self.beta, self.rate = (nn.Linear(dim, heads, bias=False, **made) for _ in range(2))
-        self.log_a = decay_rates(heads, 0.0, 16.0, **made)
-        self.rate_bias = step_bias(heads, **made)
-        self.readout = Readout(dim, heads, self.v_width, **made)
+        super().__init__(
+            dim,
+            heads,
+            v_heads,
+            expand_k=expand_k,
+            expand_v=expand_v,
+            conv=conv,
+            negative=negative,
+            gate=True,
+            **made,
+        )
+        self.rate = nn.Linear(dim, self.v_heads, bias=False, **made)
+        self.log_a = decay_rates(self.v_heads, 0.0, 16.0, **made)
+        self.rate_bias = step_bias(self.v_heads, **made)
 
-    def run(self, x: Tensor, valid: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-        """The gated delta rule."""
-        mixed, conv = self.convs(self.qkv(x), valid, *state.conv)
-        widths = (self.k_width, self.k_width, self.v_width)
-        q, k, v = (
-            heads_of(y, width) for y, width in zip(mixed.split(self.sizes, -1), widths, strict=True)
-        )
-        beta = torch.sigmoid(self.beta(x).float()) * (2.0 if self.negative else 1.0)
-        decay = -self.log_a.float().exp() * softplus(self.rate(x).float() + self.rate_bias.float())
-        out, s = ops.scan(
-            normalize(q, dim=-1),
-            normalize(k, dim=-1),
-            v,
-            decay=decay.mT,
-            beta=beta.mT,
-            state=state.s,
-            valid=valid,
-        )
-        return self.readout(out, x), replace(state, s=s, conv=(conv,))
+    def decay(self, x: Tensor) -> Tensor:
+        """g of every value head."""
+        rate = softplus(self.rate(x).float() + self.rate_bias.float())
+        return (-self.log_a.float().exp() * rate).mT
