@@ -79,6 +79,17 @@ class Readout(nn.Module):
         return out
 
 
+class JointReadout(Readout):
+    """A `Readout` with one norm over the `width` channels of all heads together."""
+
+    def __init__(self, dim: int, width: int, **options: Any) -> None:
+        super().__init__(dim, 1, width, **options)
+
+    def forward(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Heads (B, H, L, width / H) and the layer's input x (B, L, dim) -> (B, L, dim)."""
+        return super().forward(joined_heads(heads)[:, None], x)
+
+
 def head_width(dim: int, heads: int, share: float = 1.0) -> int:
     """Width of a head when all of them together have the share `share` of `dim`.
 
