@@ -34,6 +34,7 @@ from foveate.ops.mask import (
     window,
 )
 from foveate.ops.measure import RowStats, attend_T, attention_rows, row_stats, visible_counts
+from foveate.ops.memory_scan import MemoryState, memory_read, memory_scan, memory_start
 from foveate.ops.merge import merge
 from foveate.ops.mix import mix
 from foveate.ops.normalizers import Normalizer, Relu, Sigmoid, Softmax
@@ -52,6 +53,7 @@ __all__ = [
     "BlockLayout",
     "FeatureMap",
     "Mask",
+    "MemoryState",
     "Normalizer",
     "Quantized",
     "Relu",
@@ -89,6 +91,9 @@ __all__ = [
     "hadamard",
     "linear_attention_causal",
     "linear_attention_global",
+    "memory_read",
+    "memory_scan",
+    "memory_start",
     "merge",
     "mix",
     "moments",
