@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,18 +169,28 @@ def teach(model: Any, layer: Any, ids: Tensor, *, steps: int, lr: float, tell: T
 
 
 def adapt(
-    model: Any, conversion: Conversion, ids: Tensor, *, steps: int, lr: float, tell: Told
-) -> tuple[nn.ModuleList, list[float]]:
+    model: Any,
+    conversion: Conversion,
+    ids: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    tell: Told,
+    start: Mapping[str, Tensor] | None = None,
+) -> tuple[nn.ModuleDict, list[float]]:
     """Convert a model and train the new layers to predict what it predicted; put it back.
 
-    ids are (windows, tokens). Returns the layers and the loss of every step, the KL divergence
-    from the model's own predictions in nats.
+    ids are (windows, tokens), `start` the weights of the layers before the first step, None for
+    those that the conversion gives them. Returns the layers and the loss of every step, the KL
+    divergence from the model's own predictions in nats.
     """
     known = []
     for i, row in enumerate(ids):
         known.append(_last_states(model, row[None]))
         tell("watching the model", i + 1, len(ids))
     with _frozen(model), conversion.apply(model) as converted:
+        if start is not None:
+            converted.layers.load_state_dict(start)
 
         def loss(step: int) -> Tensor:
             at = step % len(ids)
@@ -191,13 +201,19 @@ def adapt(
 
 
 def load_conversion(model: Any, path: Path | str, mechanism: str) -> Converted:
-    """Convert a model to layers that were trained for it: a context manager, or call `undo`.
+    """Convert a model, or some of its layers, to those that were trained for it.
 
-    Raises ValueError for the file of another mechanism or model.
+    The result is a context manager; call `undo` instead to put the model back. Raises
+    ValueError for the file of another mechanism or model.
     """
     held = read_trained(str(path), mechanism)
     held.check_model(shape_of(model, torch.zeros(1, 2, dtype=torch.long)))
-    converted = Conversion(lookup(mechanism), held.options).apply(model)
+    layers = {name.partition(".")[0] for name in held.weights}
+    try:
+        at = tuple(sorted(map(int, layers)))
+        converted = Conversion(lookup(mechanism), held.options, at).apply(model)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no {mechanism} for this model: {error}") from error
     try:
         converted.layers.load_state_dict(held.weights)
     except RuntimeError as error:

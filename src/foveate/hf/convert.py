@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from foveate import ops
 from foveate.hf.attach import is_attached
-from foveate.hf.masks import understand
-from foveate.nn._attention import AttentionLayer, Projections
+from foveate.hf.masks import as_padding, understand
+from foveate.nn._attention import Projections
+from foveate.nn._recurrent import Recurrent
 from foveate.registry import Card, parse
 
 # What a conversion takes from the model.
@@ -21,10 +22,14 @@ _GIVEN = ("weights", "heads", "theta")
 
 @dataclass(frozen=True)
 class Conversion:
-    """A kind of layer, its options, and how it takes the place of a model's attention."""
+    """A kind of layer, its options, and how it takes the place of a model's attention.
+
+    `layers` are the indices of those it takes the place of, None for all.
+    """
 
     layer: Any
     options: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, spec: str) -> Conversion:
@@ -54,7 +59,8 @@ class Conversion:
         """Replace the attention of a transformers decoder; use as a context manager or `undo`.
 
         Raises TypeError or ValueError, and changes nothing, for a model whose attention has other
-        parts than four projections and a rotary embedding, RuntimeError for an attached one.
+        parts than four projections and a rotary embedding or lacks a layer that is to be
+        converted, RuntimeError for an attached one.
         """
         decoder = model.get_decoder()
         if is_attached(decoder):
@@ -68,10 +74,18 @@ class Conversion:
         ]
         if not places:
             raise TypeError(f"{type(model).__name__} has no attention that could be converted")
+        if self.layers is not None:
+            found = {int(old.layer_idx): (parent, name, old) for parent, name, old in places}
+            if missing := sorted(set(self.layers) - set(found)):
+                raise ValueError(
+                    f"{type(model).__name__} has layers 0 to {max(found)}, "
+                    f"got {', '.join(map(str, missing))}"
+                )
+            places = [found[layer] for layer in sorted(set(self.layers))]
         new = [Place(self._layer(old, heads), old) for *_, old in places]
         return Converted(places, new)
 
-    def _layer(self, old: nn.Module, heads: int) -> AttentionLayer:
+    def _layer(self, old: nn.Module, heads: int) -> Any:
         weights = Projections.of(old)
         scale, softcap = (
             getattr(old, name, None) for name in ("scaling", "attn_logit_softcapping")
@@ -82,14 +96,16 @@ class Conversion:
                 f"a layer to convert must have logits scaled by {usual:.4g} and uncapped, got a "
                 f"scale of {scale} and a cap of {softcap}"
             )
-        layer: AttentionLayer = self.layer.converted(weights, heads, **self.options)
-        return layer
+        return self.layer.converted(weights, heads, **self.options)
 
 
 class Place(nn.Module):
-    """A layer where a model's attention was: the model rotates, masks and keeps for it."""
+    """A layer where a model's attention was: the model rotates, masks and keeps for it.
 
-    def __init__(self, layer: AttentionLayer, old: Any) -> None:
+    The layer is an `AttentionLayer`, or a recurrence that can `attend` to keys and values as well.
+    """
+
+    def __init__(self, layer: Any, old: Any) -> None:
         super().__init__()
         self.layer, self.layer_idx, self.config = layer, int(old.layer_idx), old.config
 
@@ -111,14 +127,17 @@ class Place(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         seen = understand(attention_mask, True, q.shape[2])
+        if isinstance(self.layer, Recurrent):
+            seen = as_padding(seen, q.shape[2], k.shape[2])
         return self.layer.joined(self.layer.attend(q, k, v, seen.causal, seen.rule)), None
 
 
 class Converted:
-    """A model with other layers in its `places`; their parameters are `layers`."""
+    """A model with other layers in its `places`; `layers` are those, by their index."""
 
     def __init__(self, places: list[tuple[nn.Module, str, nn.Module]], new: list[Place]) -> None:
-        self._old, self.layers = places, nn.ModuleList(place.layer for place in new)
+        self._old = places
+        self.layers = nn.ModuleDict({str(place.layer_idx): place.layer for place in new})
         for (parent, name, _), place in zip(places, new, strict=True):
             setattr(parent, name, place)
 
