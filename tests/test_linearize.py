@@ -116,6 +116,37 @@ def test_steps_over_a_cache_equal_the_whole(model):
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=1e-3)
 
 
+def test_a_cache_holds_sums_of_one_size_where_layers_are_linear(model):
+    ids, cache, held = prompt(40), DynamicCache(), []
+    with hedgehog(0, 2).apply(model):
+        for part in ids.split((10, 29, 1), 1):
+            logits(model, part, cache)
+            held.append([layer.keys.nbytes + layer.values.nbytes for layer in cache.layers])
+    assert cache.get_seq_length() == 40
+    sums, keys = 2 * 32 * (16 + 1) * 4, 2 * 2 * 16 * 4  # of 2 kv heads of 16; keys of a token
+    assert held == [[sums, keys * n, sums, keys * n] for n in (10, 39, 40)]
+
+
+def test_rows_of_a_cache_change_places_and_it_can_be_used_again(model):
+    ids, cache = torch.cat((prompt(20, 1), prompt(20, 2))), DynamicCache()
+    with hedgehog(0, 2).apply(model):
+        logits(model, ids[:, :15], cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = logits(model, ids[:, 15:].flip(0), cache)
+        torch.testing.assert_close(got, logits(model, ids)[:, 15:].flip(0), atol=1e-4, rtol=1e-3)
+        with pytest.raises(ValueError, match="cannot take back tokens"):
+            cache.crop(-2)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        torch.testing.assert_close(logits(model, ids, cache), logits(model, ids))
+    with pytest.raises(ValueError, match="filled by a converted model"):
+        logits(model, ids, cache)
+    kept = DynamicCache()
+    logits(model, ids, kept)
+    with hedgehog(0).apply(model), pytest.raises(ValueError, match="before the model was conv"):
+        logits(model, ids, kept)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_padded_row_is_the_row_alone(model, implementation):
     model.set_attn_implementation(implementation)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from foveate import ops
 from foveate.hf.attach import is_attached
-from foveate.hf.masks import as_padding, understand
+from foveate.hf.masks import LayerMask, plain_padding, understand
+from foveate.hf.states import state_layer
 from foveate.nn._attention import Projections
 from foveate.nn._recurrent import Recurrent
 from foveate.registry import Card, parse
@@ -102,7 +103,7 @@ class Conversion:
 class Place(nn.Module):
     """A layer where a model's attention was: the model rotates, masks and keeps for it.
 
-    The layer is an `AttentionLayer`, or a recurrence that can `attend` to keys and values as well.
+    The layer is an `AttentionLayer`, or a recurrence that can go on from two sums (`summed`).
     """
 
     def __init__(self, layer: Any, old: Any) -> None:
@@ -124,12 +125,23 @@ class Place(nn.Module):
             )
         q, k, v = self.layer.split(hidden_states, hidden_states)
         q, k = (ops.rope(x, *position_embeddings) for x in (q, k))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
         seen = understand(attention_mask, True, q.shape[2])
         if isinstance(self.layer, Recurrent):
-            seen = as_padding(seen, q.shape[2], k.shape[2])
+            return self.layer.joined(self._summed(q, k, v, seen, past_key_values)), None
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
         return self.layer.joined(self.layer.attend(q, k, v, seen.causal, seen.rule)), None
+
+    def _summed(self, q: Tensor, k: Tensor, v: Tensor, seen: LayerMask, cache: Any) -> Tensor:
+        """Heads of a recurrence, which goes on from what the cache holds of it."""
+        held = None if cache is None else state_layer(cache, self.layer_idx)
+        before = 0 if held is None else held.count
+        valid = plain_padding(seen, q.shape[2], before + k.shape[2])
+        out, state = self.layer.summed(q, k, v, None if held is None else held.read(), valid)
+        if held is not None:
+            held.write(state, k.shape[2])
+        heads: Tensor = out
+        return heads
 
 
 class Converted:

@@ -137,23 +137,24 @@ def understand(attention_mask: Any, causal: bool, q_len: int) -> LayerMask:
     return LayerMask(False, ops.dense(seen), None)
 
 
-def as_padding(seen: LayerMask, q_len: int, k_len: int) -> LayerMask:
-    """The same as causality and padding, which is all that a recurrence can honour.
+def plain_padding(seen: LayerMask, q_len: int, k_len: int) -> Tensor | None:
+    """Which of the last q_len tokens are real, (B, q_len) or None for all, under a causal mask.
 
-    Raises ValueError for a mask that hides anything else: a window, packed documents.
+    Raises ValueError for a mask that hides anything but padding and what comes later.
     """
     if seen.rule is None:
-        return seen
+        return None
     rule = seen.rule & ops.causal() if seen.causal else seen.rule
     shown = rule.to_dense(q_len, k_len)[:, 0]
     valid, at = shown[:, -1], torch.arange(k_len, device=shown.device)
+    own = valid[:, k_len - q_len :]
     want = valid[:, None] & (at <= at[k_len - q_len :, None])
-    if not bool(((shown == want) | ~valid[:, k_len - q_len :, None]).all()):
+    if not bool(((shown == want) | ~own[..., None]).all()):
         raise ValueError(
             "a linear layer needs plain causal attention, but this call comes with a mask of its "
             "own (a sliding window, packed documents or a 4-D mask)"
         )
-    return LayerMask(True, ops.padding(valid), None)
+    return own
 
 
 def refuse(dropout: float, options: Mapping[str, Any]) -> None:

@@ -17,7 +17,6 @@ from foveate import ops
 from foveate.nn._attention import Projections, heads_of, joined_heads, load_projections, rotary
 from foveate.nn._linear import head_width
 from foveate.nn._recurrent import Recurrent
-from foveate.ops import Mask
 from foveate.registry import PATTERNS, Card, register
 
 _EPS = 1e-12
@@ -174,23 +173,32 @@ class Hedgehog(Recurrent):
         y: Tensor = self.out(joined_heads(out))
         return y
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Mask | None) -> Tensor:
-        """q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D), rotated -> (B, Hq, Lq, D).
+    def summed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        before: tuple[Tensor, Tensor] | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Causal attention of rotated heads that goes on from sums; heads, and the sums after.
 
-        `mask` is a padding of the keys; ValueError for any other.
+        q (B, Hq, L, D), k and v (B, Hkv, L, D), sums of φ(k) v (B, Hkv, 2D, D) and φ(k)
+        (B, Hkv, 2D) over the tokens `before`, real tokens valid (B, L) -> (B, Hq, L, D).
         """
-        return self._attended(q, k, v, causal, ops.real_tokens(mask, k.shape[0], k.shape[2]))
+        fq, fk = self.features(q, k)
+        out, after = ops.linear_attention_causal(
+            fq, fk, v.to(fk.dtype), state=before, valid=valid, eps=_EPS
+        )
+        return out.to(v.dtype), after
 
     def run(self, x: Tensor, valid: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         """Attention to what came before, as a recurrence."""
         q, k, v = self.split(x, x)
         at = state.pos[:, None] + torch.arange(x.shape[1], device=x.device)
-        fq, fk = self.features(self._turned(q, at), self._turned(k, at))
-        held = None if state.s is None else (state.s, state.z)
-        out, (s, z) = ops.linear_attention_causal(
-            fq, fk, v.to(fk.dtype), state=held, valid=valid, eps=_EPS
-        )
-        return self.joined(out.to(x.dtype)), replace(state, s=s, z=z)
+        before = None if state.s is None else (state.s, state.z)
+        out, (s, z) = self.summed(self._turned(q, at), self._turned(k, at), v, before, valid)
+        return self.joined(out), replace(state, s=s, z=z)
 
     def whole(self, x: Tensor, source: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
         """Attention to a source, all of it or up to the queries' positions."""
@@ -200,25 +208,17 @@ class Hedgehog(Recurrent):
             at = (valid.long().cumsum(1) - 1).clamp_min(0)
         first = max(source.shape[1] - x.shape[1], 0)
         own = at if x is source else torch.arange(first, first + x.shape[1], device=x.device)
-        return self.joined(
-            self._attended(self._turned(q, own), self._turned(k, at), v, causal, valid)
-        )
-
-    def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, valid: Tensor | None
-    ) -> Tensor:
-        """Heads of rotated queries and keys; causal queries are the last of the keys."""
-        fq, fk = self.features(q, k)
-        values = v.to(fk.dtype)
-        if causal and q.shape[2] > 1:  # a single query, the last, sees all keys
+        q, k = self._turned(q, own), self._turned(k, at)
+        if causal:
             before = k.shape[2] - q.shape[2]
             if before < 0:
                 raise ValueError("in causal cross-attention x must not be longer than its context")
-            rows = pad(fq, (0, 0, before, 0))
-            out, _ = ops.linear_attention_causal(rows, fk, values, valid=valid, eps=_EPS)
-            return out[:, :, before:].to(v.dtype)
+            out, _ = self.summed(pad(q, (0, 0, before, 0)), k, v, None, valid)
+            return self.joined(out[:, :, before:])
+        fq, fk = self.features(q, k)
         weight = None if valid is None else valid[:, None].expand(fk.shape[:3]).to(fk.dtype)
-        return ops.linear_attention_global(fq, fk, values, weight, eps=_EPS).to(v.dtype)
+        out = ops.linear_attention_global(fq, fk, v.to(fk.dtype), weight, eps=_EPS)
+        return self.joined(out.to(v.dtype))
 
     def _turned(self, x: Tensor, at: Tensor) -> Tensor:
         """Heads (B, H, L, D) rotated by positions (B, L) or (L,)."""
