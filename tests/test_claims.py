@@ -11,6 +11,8 @@ from foveate.report import claims as page
 
 # Compared with by everyone, but no papers of the list.
 BASELINES = {"auto", "core_stats", "h2o", "quarot", "snapkv", "window"}
+# Nor are building blocks of papers of the list.
+BASELINES |= {"gated_deltanet", "gla", "hgrn", "hgrn2", "linattn", "retnet"}
 
 
 @pytest.fixture

@@ -46,9 +46,15 @@ class Bounded(Recurrent):
     @classmethod
     def tie(cls, layers: Sequence[Bounded]) -> None:
         """Let layers share the numbers of their bounds; ValueError when their sizes differ."""
-        bounded = [layer.bound for layer in layers if layer.bound.logits is not None]
-        for bound in bounded[1:]:
-            shapes = [tuple(b.logits.shape) for b in (bounded[0], bound)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"layers that share lower bounds must be alike, got {shapes}")
-            bound.logits = bounded[0].logits
+        shared: nn.Parameter | None = None
+        for layer in layers:
+            own = layer.bound.logits
+            if own is None:
+                continue
+            shared = own if shared is None else shared
+            if own.shape != shared.shape:
+                raise ValueError(
+                    f"layers that share lower bounds must be alike, "
+                    f"got {tuple(shared.shape)} and {tuple(own.shape)}"
+                )
+            layer.bound.logits = shared

@@ -29,6 +29,7 @@ def decay_slopes(
     1), "tnl" 8h/H · (1 - index / layers), with which head 0 forgets nothing. Raises ValueError for
     an unknown preset, a negative slope, and numbers of heads or layers that do not fit.
     """
+    ops.check_block("heads", heads)
     if not 0 <= index < layers:
         raise ValueError(f"index must be in [0, layers), got {index} of {layers} layers")
     if not isinstance(decay, str):

@@ -35,9 +35,10 @@ from foveate.registry import Card, register
 class MiniMaxM1(Lightning2):
     """Lightning attention of SiLU(q), SiLU(k) and SiLU(v), one norm over all heads, a sigmoid gate.
 
-    The slopes are those of the "minimax" preset: layer 0 of `layers` forgets fastest. The model is
-    a `Stack` of "minimax_m1*7, dense". Raises ValueError for sizes that do not divide and an index
-    that is not below `layers`.
+    The slopes are those of the "minimax" preset: layer 0 of `layers` forgets fastest. In a model
+    one layer of softmax attention follows seven of these: "minimax_m1*7, softmax_attention" as the
+    pattern of a `Transformer`. Raises ValueError for sizes that do not divide and an index that is
+    not below `layers`.
     """
 
     def __init__(
