@@ -148,3 +148,17 @@ def test_keys_of_nothing_write_nothing_and_give_no_wild_gradient():
 def test_refuses_sizes_that_do_not_fit(options, said):
     with pytest.raises(ValueError, match=said):
         build(**options)
+
+
+def test_rows_of_its_claim_ask_for_the_value_that_was_written_last():
+    from foveate.bench.claims.linear.gated_deltanet import _overwritten
+
+    rows = _overwritten(5, seed=0)
+    assert rows.inputs.shape == (5, 48) and bool((rows.mask.sum(1) == 8).all())
+    changed = 0
+    for tokens_of_row, targets, asked in zip(*rows, strict=True):
+        for at in asked.nonzero()[:, 0]:
+            before = (tokens_of_row[:32] == tokens_of_row[at]).nonzero()[:, 0]
+            assert len(before) == 2 and tokens_of_row[before[1] + 1] == targets[at]
+            changed += int(tokens_of_row[before[0] + 1] != targets[at])
+    assert changed > 30

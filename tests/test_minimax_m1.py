@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.nn import Transformer
 from foveate.nn.linear.minimax_m1 import cispo_loss, group_advantages
 from layer_checks import tokens
 
@@ -65,6 +66,18 @@ def test_lower_layers_forget_faster():
     slopes = [build(index=index).slopes for index in range(3)]
     for lower, upper in itertools.pairwise(slopes):
         assert all(a > b > 0 for a, b in zip(lower, upper, strict=True))
+
+
+def test_seven_layers_and_one_of_softmax_decode_what_they_give_at_once():
+    torch.manual_seed(0)
+    model = Transformer(16, 32, "minimax_m1*7, softmax_attention", mlp=0)
+    slopes = [block.layer.slopes[0] for block in model.stack.blocks[:7]]
+    assert slopes == sorted(slopes, reverse=True) and slopes[6] == pytest.approx(1 / 28, rel=1e-3)
+    ids = torch.randint(16, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, state = model(ids[:, :15], return_state=True)
+        got, _ = model(ids[:, 15:], state=state, return_state=True)
+        torch.testing.assert_close(got, model(ids)[:, 15:], atol=1e-5, rtol=1e-4)
 
 
 def tokens_of_answers(seed=0, answers=4, length=6):
