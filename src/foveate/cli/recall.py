@@ -25,8 +25,8 @@ def recall(
     seeds: Annotated[int, typer.Option(help="Models of each kind.")] = 2,
     pairs: Annotated[int, typer.Option(help="Key-value pairs of a row.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 64,
-    steps: Annotated[int, typer.Option(help="Training steps of a model.")] = 400,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-3,
+    steps: Annotated[int, typer.Option(help="Training steps of a model.")] = 300,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-2,
     folder: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
         "foveate-recall"
     ),

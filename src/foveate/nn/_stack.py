@@ -82,6 +82,9 @@ class Block(nn.Module):
         self.layer = layer
         self.norm = nn.RMSNorm(dim, **made) if layer is not None else None
         self.conv = ShortConv(dim, conv, activation=False, **made) if conv else None
+        if self.conv is not None:
+            with torch.no_grad():  # it starts near the identity
+                self.conv.weight[:, -1] += 1
         self.mlp_norm = nn.RMSNorm(dim, **made) if mlp else None
         self.mlp = SwiGLU(dim, mlp, **made) if mlp else None
 

@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(dim, vocabulary, bias=False, **made)
         for table in (self.embed, self.places, self.head):
             if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+                nn.init.normal_(table.weight, std=dim**-0.5)  # logits of about 1
         if tie:
             self.head.weight = self.embed.weight
 

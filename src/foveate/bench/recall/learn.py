@@ -34,9 +34,9 @@ class Recall:
     heads: int = 1
     layers: int = 2
     conv: int = 3
-    steps: int = 400
-    batch: int = 64
-    lr: float = 3e-3
+    steps: int = 300
+    batch: int = 32
+    lr: float = 1e-2
     test_rows: int = 1000
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ def state_of(pattern: str, task: Recall) -> int:
 
 
 def _model(pattern: str, task: Recall) -> Transformer:
-    """Layers after a pattern with learned positions and without MLPs, untrained."""
+    """Layers after a pattern without MLPs and without positions, untrained."""
     return Transformer(
         task.vocabulary,
         task.width,
@@ -102,7 +102,7 @@ def _model(pattern: str, task: Recall) -> Transformer:
         mlp=0,
         conv=task.conv,
         theta=None,
-        positions=task.length,
+        tie=False,
     )
 
 
