@@ -107,31 +107,23 @@ def memory_scan(
     outs = []
     for start, end in stretches(state.seen, length, chunk):
         part = slice(start, end)
-        out, state = _stretch(
-            *(x[:, :, part].to(wide) for x in (q, k, v)),
-            *(x[:, :, part] for x in (rate, momentum, keep)),
-            real[:, part],
-            state,
-            chunk,
-            read == "token",
-        )
+        tokens = [x[:, :, part].to(wide) for x in (q, k, v)]
+        gates = [x[:, :, part] for x in (rate, momentum, keep)]
+        out, state = _stretch(tokens, gates, real[:, part], state, chunk, read == "token")
         outs.append(out)
     return torch.cat(outs, 2).to(q.dtype), state
 
 
 def _stretch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    momentum: Tensor,
-    keep: Tensor,
+    tokens: list[Tensor],
+    gates: list[Tensor],
     real: Tensor,
     state: MemoryState,
     chunk: int,
     exact: bool,
 ) -> tuple[Tensor, MemoryState]:
     """Some tokens of one chunk, in every row."""
+    (q, k, v), (rate, momentum, keep) = tokens, gates
     # Only a token that is there begins a chunk.
     opened = state.open(chunk)
     first = real[:, :1, None, None]

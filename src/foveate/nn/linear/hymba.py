@@ -66,20 +66,18 @@ class HybridHeads(nn.Module):
         x: Tensor,
         at: Tensor,
         real: Tensor,
-        held: Held | None,
+        held: Any,
         scan: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Held, tuple[Tensor, Tensor]]:
         """x (B, L, dim) at positions `at` (B, L) -> y, all keys and values, the scan's states.
 
-        held are those of tokens before, or all that are borrowed.
+        held (`Held`) are those of tokens before, None for none, or all that are borrowed.
         """
         q, inner, gate, k, v = self.inner(x).split(self.sizes, -1)
         q, k, v = (heads_of(y, self.width) for y in (q, k, v))
         if not self.borrows:
             fresh = Held(turned(k, at, self.theta), v, at, real)
             held = fresh if held is None else held.joined(fresh)
-        if held is None:
-            raise ValueError("a layer that borrows keys and values was given none")
         first = torch.zeros_like(at) if self.window is None else at - self.window
         seen = attend_held(turned(q, at, self.theta), at, first, held, self.always)
         y, *after = self.scan(inner, real, *scan)

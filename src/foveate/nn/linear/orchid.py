@@ -21,6 +21,8 @@ _FEATURES, _SLOW, _FAST = 3, 1.5, 0.3
 class Implicit(nn.Module):
     """Kernels as functions of the time from 0 to 1: sines of sines, under a decay per channel."""
 
+    decay: Tensor
+
     def __init__(self, dim: int, width: int, **made: Any) -> None:
         super().__init__()
         sizes = (_FEATURES, width, width, width)

@@ -162,7 +162,7 @@ class Titans(Recurrent):
         return self._over_a_window(x, valid, state)
 
     def _over_a_window(
-        self, x: Tensor, valid: Tensor | None, state: TitansState
+        self, x: Tensor, valid: Tensor | None, state: Any
     ) -> tuple[Tensor, TitansState]:
         """Attention beside the memory ("mag"), or after it ("mal")."""
         always = len(self.persistent)
@@ -185,7 +185,7 @@ class Titans(Recurrent):
         return y[:, always:] if fresh else y, after
 
     def _in_segments(
-        self, x: Tensor, valid: Tensor | None, state: TitansState
+        self, x: Tensor, valid: Tensor | None, state: Any
     ) -> tuple[Tensor, TitansState]:
         """Memory as context: segment by segment, in each row its own."""
         asked, ask_conv = self.ask_conv(self.ask(x), valid, state.conv[1])

@@ -155,7 +155,8 @@ class TLinFormer(Recurrent):
         real = at < count[:, None]
         narrow = count[:, None] - min(self.history, length) + at[:, : self.history]
         own, narrow = narrow >= 0, narrow.clamp(min=0)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             compress, *between, restore = block
             q, k, v = compress.split(x, at)
             kept.append(History(k, v, real))
@@ -168,7 +169,7 @@ class TLinFormer(Recurrent):
                 waist = layer.after(waist, kept[-1].read(asked))
             _, k, v = restore.split(waist, narrow)
             kept.append(History(k, v, own))
-            if block is not self.blocks[-1]:
+            if block is not blocks[-1]:
                 x = restore.after(x, kept[-1].read(q))
         return tuple(kept)
 
@@ -183,7 +184,8 @@ class TLinFormer(Recurrent):
     ) -> tuple[Tensor, tuple[Held, ...]]:
         """Tokens of windows that have begun at `begun` (B, L), and what layers hold of them."""
         held: list[Held] = []
-        for i, layer in enumerate(layer for block in self.blocks for layer in block):
+        blocks: Any = self.blocks
+        for i, layer in enumerate(layer for block in blocks for layer in block):
             q, k, v = layer.split(x, at)
             own = Held(k, v, at, real)
             held.append(window[i].since(begun[:, 0]).joined(own) if window else own)
