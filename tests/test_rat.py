@@ -81,6 +81,19 @@ def test_one_chunk_is_a_gated_recurrence():
         torch.testing.assert_close(layer(x), want, atol=1e-6, rtol=1e-5)
 
 
+def test_long_rows_are_attended_to_in_tiles():
+    layer, x = build(chunk=1, groups=4), tokens(600)
+    with torch.no_grad():
+        layer.bias.fill_(-200.0)
+        shown, v, _, q, k = terms(layer, x)
+        at = torch.arange(600)[:, None]
+        q, k = (rotated(y.transpose(1, 2), at) for y in (q, k))
+        out = plain_attention(q, k, v.transpose(1, 2), True).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(
+            layer(x), (shown * out) @ layer.out.weight.T, atol=1e-5, rtol=1e-3
+        )
+
+
 def test_a_prefix_gives_the_same():
     layer, x = build(), tokens(14)
     with torch.no_grad():
