@@ -68,7 +68,7 @@ def test_mixed_states_go_on_where_they_ended(options):
     for cut in (1, 7, 19):
         y, state = model(x[:, :cut], return_state=True)
         z, state = model(x[:, cut:], state=state, return_state=True)
-        torch.testing.assert_close(torch.cat((y, z), 1), want, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.cat((y, z), 1), want, atol=2e-5, rtol=1e-5)
         assert state.pos == 20
 
 
@@ -88,7 +88,7 @@ def test_padded_rows_give_what_they_give_alone(side):
     padded = torch.zeros(1, 20, dtype=torch.long)
     padded[:, valid] = x
     got = model(padded, mask=ops.padding(valid))[:, valid]
-    torch.testing.assert_close(got, model(x), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got, model(x), atol=2e-5, rtol=1e-5)
 
 
 def test_generation_from_a_padded_batch_is_that_of_each_row():
