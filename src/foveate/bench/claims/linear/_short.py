@@ -36,11 +36,13 @@ def soon_learned(
     heads: int = 2,
     steps: int = 300,
     lr: float = 1e-2,
+    causal: bool = True,
 ) -> tuple[Recaller, float]:
     """A model trained to recall pairs, and its share of right answers on fresh rows."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Recaller([Stack(dim, pattern, layers=layers, heads=heads)], dim, _VOCABULARY)
+        kind = Stack if causal else _BothWays
+        model = Recaller([kind(dim, pattern, layers=layers, heads=heads)], dim, _VOCABULARY)
 
         def loss(step: int) -> Tensor:
             batch = rows(32, step, pairs, length)
@@ -51,6 +53,14 @@ def soon_learned(
     test = rows(300, 1_000_000, pairs, length)
     with torch.no_grad():
         return model, test.accuracy(model(test.inputs))
+
+
+class _BothWays(Stack):
+    """A stack whose layers see both sides."""
+
+    def forward(self, x: Tensor, **call: Any) -> Any:
+        """x (B, L, dim) -> y (B, L, dim)."""
+        return super().forward(x, causal=False, **call)
 
 
 def rows(count: int, seed: int, pairs: int = 4, length: int = 32) -> Batch:
