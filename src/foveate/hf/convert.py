@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate import ops
 from foveate.hf.attach import is_attached
 from foveate.hf.masks import LayerMask, plain_padding, understand
-from foveate.hf.states import state_layer
+from foveate.hf.states import StateLayer, state_layer
 from foveate.nn._attention import Projections
 from foveate.nn._recurrent import Recurrent
 from foveate.registry import Card, parse
@@ -123,24 +123,26 @@ class Place(nn.Module):
             raise RuntimeError(
                 "a converted model attends by its own layers: put it back before attaching"
             )
-        q, k, v = self.layer.split(hidden_states, hidden_states)
+        layer: Any = self.layer
+        q, k, v = layer.split(hidden_states, hidden_states)
         q, k = (ops.rope(x, *position_embeddings) for x in (q, k))
         seen = understand(attention_mask, True, q.shape[2])
         if isinstance(self.layer, Recurrent):
-            return self.layer.joined(self._summed(q, k, v, seen, past_key_values)), None
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        return self.layer.joined(self.layer.attend(q, k, v, seen.causal, seen.rule)), None
+            out = self._summed(q, k, v, seen, past_key_values)
+        else:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+            out = layer.attend(q, k, v, seen.causal, seen.rule)
+        return layer.joined(out), None
 
     def _summed(self, q: Tensor, k: Tensor, v: Tensor, seen: LayerMask, cache: Any) -> Tensor:
         """Heads of a recurrence, which goes on from what the cache holds of it."""
-        held = None if cache is None else state_layer(cache, self.layer_idx)
-        before = 0 if held is None else held.count
-        valid = plain_padding(seen, q.shape[2], before + k.shape[2])
-        out, state = self.layer.summed(q, k, v, None if held is None else held.read(), valid)
-        if held is not None:
-            held.write(state, k.shape[2])
-        heads: Tensor = out
+        layer: Any = self.layer
+        held = StateLayer() if cache is None else state_layer(cache, self.layer_idx)
+        valid = plain_padding(seen, q.shape[2], held.count + k.shape[2])
+        heads: Tensor
+        heads, state = layer.summed(q, k, v, held.read(), valid)
+        held.write(state, k.shape[2])
         return heads
 
 

@@ -25,7 +25,7 @@ class StateLayer(Stateful, DynamicLayer):
 
     def read(self) -> State | None:
         """The sums so far; None before the first token."""
-        return (self.keys, self.values) if self.count else None  # type: ignore[return-value]
+        return (self.keys, self.values) if self.count else None
 
     def write(self, state: State, tokens: int) -> None:
         """Hold the sums after so many more tokens."""

@@ -99,8 +99,9 @@ def flow_attention_causal(
     mass = _summed(raised, None if before.competition is None else before.competition[..., None])
     weighted = v * raised / mass.clamp_min(_EPS) * c
     given, s = ops.scan(fq / incoming, fk, weighted, scale=1.0, state=before.s, valid=valid)
-    ends = (x[:, :, -1] for x in (keys, queries, sources, sinks))
-    return torch.sigmoid(into) * given, Sums(*ends, mass[:, :, -1, 0], s)
+    keys, queries, sources, sinks = (x[:, :, -1] for x in (keys, queries, sources, sinks))
+    last = Sums(keys, queries, sources, sinks, mass[:, :, -1, 0], s)
+    return torch.sigmoid(into) * given, last
 
 
 def _real(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,7 @@ def measure() -> Outcome:
     for length in (1024, 4096, 16_384):
         q, k, v = _heads(length)
         figures[f"times faster than dense, {length} tokens"] = paired(
-            lambda q=q, k=k, v=v: ops.attend(q, k, v, causal=True),
-            lambda q=q, k=k, v=v: _fast(q, k, v),
-            3,
+            partial(ops.attend, q, k, v, causal=True), partial(_fast, q, k, v), 3
         )[2]
     moved = [_moved(temperature) for temperature in (1.0, 2.0, 4.0)]
     for temperature, share in zip((1, 2, 4), moved, strict=True):

@@ -85,6 +85,7 @@ def _entropy(model: _Finder, ids: Tensor) -> float:
     if layer.card.name == "flow":
         weights = flow_attention(q, k, each)
     else:
-        weights = ops.linear_attention_global(*layer.features(q, k), each)
+        fq, fk = layer.features(q, k)
+        weights = ops.linear_attention_global(fq, fk, each)
     weights = weights / weights.sum(-1, keepdim=True)
     return float(torch.special.entr(weights).sum(-1).mean())
