@@ -18,16 +18,8 @@ from foveate.tasks.train import fit
 _VOCABULARY = 64
 
 
-def soon_recalled(patterns: Mapping[str, str], **options: Any) -> dict[str, float]:
-    """Accuracy by name of stacks after a pattern, trained alike: `soon_learned`."""
-    return {
-        f"accuracy, {name}": soon_learned(pattern, **options)[1]
-        for name, pattern in patterns.items()
-    }
-
-
-def soon_learned(
-    pattern: str,
+def soon_recalled(
+    patterns: Mapping[str, str],
     *,
     layers: int | None = None,
     pairs: int = 4,
@@ -36,34 +28,26 @@ def soon_learned(
     heads: int = 2,
     steps: int = 300,
     lr: float = 1e-2,
-    causal: bool = True,
-) -> tuple[Recaller, float]:
-    """A model trained to recall pairs, and its share of right answers on fresh rows."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kind = Stack if causal else _BothWays
-        model = Recaller([kind(dim, pattern, layers=layers, heads=heads)], dim, _VOCABULARY)
+) -> dict[str, float]:
+    """Accuracy by name of stacks after a pattern, repeated up to `layers`, trained alike."""
+    figures = {}
+    for name, pattern in patterns.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Recaller([Stack(dim, pattern, layers=layers, heads=heads)], dim, _VOCABULARY)
 
-        def loss(step: int) -> Tensor:
-            batch = rows(32, step, pairs, length)
+        def loss(step: int, model: Recaller = model) -> Tensor:
+            batch = _rows(32, step, pairs, length)
             return batch.loss(model(batch.inputs))
 
         fit(model.parameters(), loss, steps=steps, lr=lr)
-    model.eval()
-    test = rows(300, 1_000_000, pairs, length)
-    with torch.no_grad():
-        return model, test.accuracy(model(test.inputs))
+        test = _rows(300, 1_000_000, pairs, length)
+        with torch.no_grad():
+            figures[f"accuracy, {name}"] = test.accuracy(model(test.inputs))
+    return figures
 
 
-class _BothWays(Stack):
-    """A stack whose layers see both sides."""
-
-    def forward(self, x: Tensor, **call: Any) -> Any:
-        """x (B, L, dim) -> y (B, L, dim)."""
-        return super().forward(x, causal=False, **call)
-
-
-def rows(count: int, seed: int, pairs: int = 4, length: int = 32) -> Batch:
+def _rows(count: int, seed: int, pairs: int, length: int) -> Batch:
     """Pairs, then as many questions at even places, 0 between them."""
     options: dict[str, Any] = {"vocabulary": _VOCABULARY, "spread": 1.0, "filler": False}
     return mqar(count, seed=seed, pairs=pairs, length=length, **options)
