@@ -12,7 +12,7 @@ from foveate.report import claims as page
 # Compared with by everyone, but no papers of the list.
 BASELINES = {"auto", "core_stats", "duo", "h2o", "quarot", "snapkv", "window"}
 # Nor are building blocks of papers of the list.
-BASELINES |= {"gated_deltanet", "gla", "hgrn", "hgrn2", "linattn", "retnet"}
+BASELINES |= {"gated_deltanet", "gla", "hgrn", "hgrn2", "linattn", "mamba2", "retnet", "s6"}
 
 
 @pytest.fixture
