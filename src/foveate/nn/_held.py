@@ -49,6 +49,10 @@ def attend_held(q: Tensor, at: Tensor, first: Tensor, held: Held, always: int = 
 
     A token sees what is at its own position or before: from first (B, L) on, and below `always`.
     """
+    # In decoding all that is held is seen, as a rule.
+    near = (held.at >= first[:, -1:]) | (held.at < always)
+    if bool((near & (held.at <= at[:, :1]) & held.real).all()):
+        return ops.attend(q, held.keys, held.values)
     own = torch.arange(q.shape[2], device=q.device)
     mask = _since(at, first, held, always)
     return ops.attend(q, held.keys, held.values, mask=mask, q_pos=own)

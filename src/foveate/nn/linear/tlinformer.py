@@ -28,7 +28,8 @@ class History(NamedTuple):
 
     def read(self, q: Tensor) -> Tensor:
         """Attention of q (B, H, L, D) to all of it; 0 where there is none."""
-        return ops.attend(q, self.keys, self.values, mask=ops.padding(self.real))
+        mask = None if bool(self.real.all()) else ops.padding(self.real)
+        return ops.attend(q, self.keys, self.values, mask=mask)
 
 
 @dataclass(frozen=True)
