@@ -141,6 +141,9 @@ class Rat(Recurrent):
         self, q: Tensor, keys: Tensor, values: Tensor, chunk: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attention of queries, each in its chunk (B, L), to the chunks before it, with lse."""
+        q = turned(q, chunk, self.theta)
+        if keys.shape[2] <= int(chunk.min()):  # in decoding all of them are earlier, as a rule
+            return ops.attend(q, keys, values, return_lse=True)
 
         def of(b: Tensor, i: Tensor) -> Tensor:
             return chunk[b, i.clamp(0, chunk.shape[1] - 1)]
@@ -152,5 +155,4 @@ class Rat(Recurrent):
             name="earlier chunks",
         )
         own = torch.arange(q.shape[2], device=q.device)
-        turned_q = turned(q, chunk, self.theta)
-        return ops.attend(turned_q, keys, values, mask=earlier, q_pos=own, return_lse=True)
+        return ops.attend(q, keys, values, mask=earlier, q_pos=own, return_lse=True)
