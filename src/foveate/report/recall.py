@@ -83,7 +83,8 @@ def styles(results: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
 
 def plots(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of every pattern, by state: what the plots draw."""
-    style, found = styles(results), {}
+    style = styles(results)
+    found: dict[str, list[dict[str, Any]]] = {}
     for line in _ordered(results):
         found.setdefault(line["layers"], []).append(line)
     return [
