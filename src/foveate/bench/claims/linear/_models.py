@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.bench.claims import Outcome
-from foveate.bench.claims._toys import held_out_loss, trained_on_bytes
-from foveate.bench.recall.learn import Recall, learn
+from foveate.bench.claims._toys import Recaller, held_out_loss, trained_on_bytes
 from foveate.nn import Transformer
+from foveate.nn._stack import Stack
 from foveate.tasks.batch import Batch
 from foveate.tasks.mqar import mqar
 from foveate.tasks.train import fit
 
-
-def recalled(patterns: Mapping[str, str], **task: Any) -> dict[str, float]:
-    """Accuracy by name of models whose layers follow a pattern, trained alike."""
-    return {
-        f"accuracy, {name}": learn(pattern, Recall(**task)).accuracy
-        for name, pattern in patterns.items()
-    }
+Rows = Callable[[int, int], Batch]
+"""Makes so many rows of a task from a seed."""
 
 
 def spoken(
@@ -56,7 +50,7 @@ def compared(figures: dict[str, float], holds: bool, least: float = 0.5) -> Outc
 
 def recalled_at_once(
     patterns: Mapping[str, str],
-    rows: Callable[[int, int], Batch],
+    rows: Rows,
     *,
     vocabulary: int = 64,
     width: int = 32,
@@ -65,34 +59,50 @@ def recalled_at_once(
 ) -> dict[str, float]:
     """Accuracy by name of models of one layer behind a causal convolution, trained alike.
 
-    rows(count, seed) makes rows of a task; each step is of 32 fresh ones, the test of 300. With
-    small embeddings to start from, and nothing but pairs and questions in a row, this is learned
-    in a few hundred steps.
+    rows(count, seed) makes rows of a task. With small embeddings to start from, and nothing but
+    pairs and questions in a row, this is learned in a few hundred steps.
     """
-    figures = {}
-    for name, pattern in patterns.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = Transformer(
-                vocabulary, width, pattern, layers=1, heads=1, mlp=0, conv=3, theta=None, tie=False
-            )
-            for table in (model.embed, model.head):
-                nn.init.normal_(table.weight, std=0.02)
-            fit(model.parameters(), _loss_of(model, rows), steps=steps, lr=lr)
-        test = rows(300, 1_000_000)
-        with torch.no_grad():
-            figures[f"accuracy, {name}"] = test.accuracy(model(test.inputs))
-    return figures
+
+    def model(pattern: str) -> nn.Module:
+        made = Transformer(
+            vocabulary, width, pattern, layers=1, heads=1, mlp=0, conv=3, theta=None, tie=False
+        )
+        for table in (made.embed, made.head):
+            nn.init.normal_(table.weight, std=0.02)
+        return made
+
+    return _accuracies(patterns, model, rows, steps, lr)
 
 
-def pairs_and_questions(pairs: int, vocabulary: int = 64) -> Callable[[int, int], Batch]:
-    """Rows (count, seed) of so many pairs and as many questions in any order, nothing else."""
+def soon_recalled(
+    patterns: Mapping[str, str],
+    *,
+    layers: int | None = None,
+    length: int = 32,
+    dim: int = 32,
+    heads: int = 2,
+    steps: int = 300,
+    lr: float = 1e-2,
+) -> dict[str, float]:
+    """Accuracy by name of stacks after a pattern, repeated up to `layers`, trained alike.
+
+    A row is four pairs, then questions with blanks between them.
+    """
+
+    def model(pattern: str) -> nn.Module:
+        return Recaller([Stack(dim, pattern, layers=layers, heads=heads)], dim, 64)
+
+    return _accuracies(patterns, model, pairs_and_questions(4, length=length), steps, lr)
+
+
+def pairs_and_questions(pairs: int, vocabulary: int = 64, length: int | None = None) -> Rows:
+    """Rows (count, seed) of so many pairs and as many questions, blanks if `length` has room."""
 
     def rows(count: int, seed: int) -> Batch:
         return mqar(
             count,
             seed=seed,
-            length=4 * pairs,
+            length=4 * pairs if length is None else length,
             pairs=pairs,
             vocabulary=vocabulary,
             spread=1.0,
@@ -102,7 +112,27 @@ def pairs_and_questions(pairs: int, vocabulary: int = 64) -> Callable[[int, int]
     return rows
 
 
-def _loss_of(model: Transformer, rows: Callable[[int, int], Batch]) -> Callable[[int], Tensor]:
+def _accuracies(
+    patterns: Mapping[str, str],
+    make: Callable[[str], nn.Module],
+    rows: Rows,
+    steps: int,
+    lr: float,
+) -> dict[str, float]:
+    """Accuracy on 300 rows of models made from the same random numbers, 32 fresh rows a step."""
+    figures = {}
+    test = rows(300, 1_000_000)
+    for name, pattern in patterns.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = make(pattern)
+            fit(model.parameters(), _loss_of(model, rows), steps=steps, lr=lr)
+        with torch.no_grad():
+            figures[f"accuracy, {name}"] = test.accuracy(model(test.inputs))
+    return figures
+
+
+def _loss_of(model: nn.Module, rows: Rows) -> Callable[[int], Tensor]:
     def loss(step: int) -> Tensor:
         batch = rows(32, step)
         return batch.loss(model(batch.inputs))

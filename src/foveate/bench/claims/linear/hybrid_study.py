@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from foveate.bench.claims import Outcome
-from foveate.bench.claims.linear._models import spoken
-from foveate.bench.claims.linear._short import soon_recalled
+from foveate.bench.claims.linear._models import soon_recalled, spoken
 from foveate.nn.linear.hybrid_study import hybrid_pattern
 
 CLAIM = "recall rises with the share of attention layers, the language loss hardly depends on it"

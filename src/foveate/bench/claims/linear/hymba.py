@@ -6,8 +6,7 @@ import torch
 
 from foveate import create
 from foveate.bench.claims import Outcome
-from foveate.bench.claims.linear._models import compared
-from foveate.bench.claims.linear._short import soon_recalled
+from foveate.bench.claims.linear._models import compared, soon_recalled
 from foveate.nn._recurrent import state_bytes
 
 CLAIM = "attention and a scan side by side recall as in turn, with a far smaller cache"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from foveate.bench.claims import Outcome
-from foveate.bench.claims.linear._models import compared
-from foveate.bench.claims.linear._short import soon_recalled
+from foveate.bench.claims.linear._models import compared, soon_recalled
 from foveate.nn.linear.mamba_study import parse_hybrid
 
 CLAIM = "state spaces look up worse than attention, and one attention layer makes up for it"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from foveate.bench.claims import Outcome
-from foveate.bench.claims.linear._models import compared
-from foveate.bench.claims.linear._short import soon_recalled
+from foveate.bench.claims.linear._models import compared, soon_recalled
 
 CLAIM = "a memory learned at test time recalls pairs that are outside of the window"
 
