@@ -37,7 +37,7 @@ def done(folder, **options):
 
 
 def test_attention_learns_to_recall_and_a_model_without_it_does_not():
-    task = Recall(pairs=2, length=16, vocabulary=32, width=32, steps=150, test_rows=200)
+    task = Recall(pairs=2, length=16, vocabulary=32, steps=150, lr=1e-2, test_rows=200)
     dense, none = learn("dense", task), learn("mlp", task)
     assert dense.accuracy > 0.9 and none.accuracy < 0.5
     assert dense.parameters == sum(p.numel() for p in dense.model.parameters())

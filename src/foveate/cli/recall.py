@@ -18,15 +18,19 @@ def recall(
         list[str] | None,
         typer.Option(help='A pattern like "gla*3, dense": repeat for several; default: eight.'),
     ] = None,
-    widths: Annotated[str, typer.Option(help="Widths of the models.")] = "16,32,64",
+    widths: Annotated[str, typer.Option(help="Widths of the models.")] = "8,16,32",
     state_sizes: Annotated[
         str, typer.Option(help="Instead: numbers kept while decoding, like 1k,4k.")
     ] = "",
     seeds: Annotated[int, typer.Option(help="Models of each kind.")] = 2,
-    pairs: Annotated[int, typer.Option(help="Key-value pairs of a row.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 64,
-    steps: Annotated[int, typer.Option(help="Training steps of a model.")] = 300,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-2,
+    pairs: Annotated[int, typer.Option(help="Key-value pairs of a row.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 32,
+    vocabulary: Annotated[int, typer.Option(help="Tokens there are, half of them keys.")] = 64,
+    filler: Annotated[
+        bool, typer.Option("--filler", help="Random tokens between questions, not blanks.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of a model.")] = 400,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 2e-2,
     folder: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path(
         "foveate-recall"
     ),
@@ -44,7 +48,9 @@ def recall(
         widths=() if state_sizes else lengths_of(widths, "--widths"),
         state_sizes=lengths_of(state_sizes, "--state-sizes"),
         seeds=seeds,
-        task=Recall(pairs=pairs, length=length, steps=steps, lr=lr),
+        task=Recall(
+            pairs=pairs, length=length, vocabulary=vocabulary, filler=filler, steps=steps, lr=lr
+        ),
     )
     command = shlex.join(["foveate", *sys.argv[1:]])
     job = bench.RecallRun(folder, settings, command=command, fresh=fresh)

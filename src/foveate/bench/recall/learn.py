@@ -23,20 +23,22 @@ _TEST = 1_000_000
 class Recall:
     """The task and the training: two layers without MLPs, `pairs` pairs within `length` tokens.
 
+    Between the questions are blanks, or random tokens with `filler`, which takes longer to learn.
     Every step is on a fresh batch of rows. `conv` is the width of the causal convolution before
     each layer, without which only attention can put a key beside its value.
     """
 
-    pairs: int = 8
-    length: int = 64
-    vocabulary: int = 256
-    width: int = 64
+    pairs: int = 4
+    length: int = 32
+    vocabulary: int = 64
+    filler: bool = False
+    width: int = 32
     heads: int = 1
     layers: int = 2
     conv: int = 3
-    steps: int = 300
+    steps: int = 400
     batch: int = 32
-    lr: float = 1e-2
+    lr: float = 2e-2
     test_rows: int = 1000
 
     def __post_init__(self) -> None:
@@ -122,4 +124,11 @@ def _held(model: Transformer, task: Recall) -> int:
 
 
 def _rows(task: Recall, count: int, seed: int) -> Batch:
-    return mqar(count, seed=seed, length=task.length, pairs=task.pairs, vocabulary=task.vocabulary)
+    return mqar(
+        count,
+        seed=seed,
+        length=task.length,
+        pairs=task.pairs,
+        vocabulary=task.vocabulary,
+        filler=task.filler,
+    )

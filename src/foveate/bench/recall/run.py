@@ -18,7 +18,7 @@ SCHEMA = "foveate.recall/1"
 
 LAYERS = (
     "dense",
-    "sink_window:sinks=0,window=16",
+    "sink_window:sinks=0,window=8",
     "linattn",
     "based",
     "gla",
@@ -40,7 +40,7 @@ class Settings:
     """
 
     layers: tuple[str, ...] = LAYERS
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (8, 16, 32)
     state_sizes: tuple[int, ...] = ()
     seeds: int = 2
     task: Recall = field(default_factory=Recall)
@@ -99,7 +99,7 @@ class RecallRun(Results):
     ) -> None:
         self.settings = settings
         for pattern in settings.layers:  # before anything is written
-            state_of(pattern, replace(settings.task, width=max(settings.widths, default=64)))
+            state_of(pattern, replace(settings.task, width=max(settings.widths, default=32)))
         frame = {
             "schema": SCHEMA,
             "created": now(),

@@ -10,7 +10,7 @@ from foveate.bench.recall.learn import Recall, learn
 
 CLAIM = "the more bytes a state has, in features or in the window beside them, the more it recalls"
 
-_TASK = Recall(pairs=4, length=32, width=64, steps=300, batch=32, lr=1e-2, test_rows=300)
+_TASK = Recall(vocabulary=256, filler=True, width=64, steps=300, lr=1e-2, test_rows=300)
 
 
 def measure() -> Outcome:
