@@ -18,7 +18,7 @@ SCHEMA = "foveate.recall/1"
 
 LAYERS = (
     "dense",
-    "sink_window:sinks=0,window=8",
+    "softmax_attention:window=8",
     "linattn",
     "based",
     "gla",

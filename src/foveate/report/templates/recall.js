@@ -25,7 +25,7 @@ function drawRecall(id, key, title) {
   if (!data.patterns.length) return noData(box, "No model is trained yet.");
   Plotly.react(box, data.patterns.map((pattern) => patternTrace(pattern, key)), layout({
     height: 420, margin: { l: 58, r: 14, t: 12, b: 54 },
-    xaxis: axis(title, { type: "log", dtick: 1, exponentformat: "SI", minor: { showgrid: false } }),
+    xaxis: axis(title, { type: "log", dtick: 1, tickformat: "~s", minor: { showgrid: false } }),
     yaxis: axis("Answers that are right", { range: [-0.02, 1.04], tickformat: ".0%" }),
     shapes: [{
       type: "line", layer: "below", x0: 0, x1: 1, xref: "paper", y0: data.chance, y1: data.chance,
