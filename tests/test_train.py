@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import foveate
+from foveate import files
 from foveate.attention import _trained
 from foveate.bench import train as training
 from foveate.tasks import train as loop
@@ -68,7 +69,7 @@ def test_a_full_disk_leaves_the_old_file(run, tiny_model_dir, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     (tmp_path / "g").write_text("old")
-    monkeypatch.setattr(_trained, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     code, _, err = run("seerattention:block=16", tiny_model_dir, *SMALL, "--out", tmp_path / "g")
     assert code == 2 and "No space left" in err
     assert (tmp_path / "g").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
