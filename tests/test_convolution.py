@@ -59,7 +59,10 @@ def test_short_conv_is_differentiable():
         draw(*s, seed=i).requires_grad_() for i, s in enumerate(((1, 5, 2), (2, 3), (2,)))
     )
     state = draw(1, 2, 2, seed=3).requires_grad_()
-    call = lambda *a: ops.short_conv(*a[:3], state=a[3])  # noqa: E731
+
+    def call(x, weight, bias, state):
+        return ops.short_conv(x, weight, bias, state=state)
+
     assert torch.autograd.gradcheck(call, (x, weight, bias, state))
 
 

@@ -46,7 +46,7 @@ def logits(model, ids, cache=None):
 
 def test_notes_are_the_rotated_queries_and_keys_of_the_chosen_layers(tiny_llama):
     ids = torch.cat((prompt(20, 1), prompt(20, 2)))
-    notes = job.watch(tiny_llama, [0], ids)
+    notes = job.attending(tiny_llama, [0], ids)
     assert list(notes) == [0] and len(notes[0]) == 2
     theta = tiny_llama.config.rope_parameters["rope_theta"]
     for row, (q, k) in zip(ids, notes[0], strict=True):
@@ -80,7 +80,7 @@ def test_figures_are_those_of_the_layers_it_gives_back(model):
     test = windows(3, seed=1)
     result = job.linearize(model, hedgehog(0), windows(4), test, steps=10, tune_steps=0)
     layer = result.training.learner["0"]
-    notes = job.watch(model, [0], test)[0]
+    notes = job.attending(model, [0], test)[0]
     with torch.no_grad():
         found = [float(attention_transfer_loss(q, k, *layer.features(q, k))) for q, k in notes]
     assert result.divergence[0][1] == pytest.approx(sum(found) / 3, rel=1e-5)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from foveate.files import read_tensors, write_tensors
 from foveate.hf.parts import Parts
 
 FORMAT = "foveate.record/1"
@@ -106,8 +105,7 @@ class Record:
         stem.parent.mkdir(parents=True, exist_ok=True)
         part = stem.with_suffix(".part")
         try:
-            save_file({k: v.contiguous() for k, v in self.values.items()}, part)
-            part.replace(stem.with_suffix(".safetensors"))
+            write_tensors(stem.with_suffix(".safetensors"), self.values, {})
             head = {"format": FORMAT, "analysis": self.analysis, "score": self.score}
             text = json.dumps(head | {"axes": self.axes, "about": self.about}, indent=1)
             part.write_text(text + "\n", encoding="utf-8")
@@ -143,11 +141,10 @@ def load_record(path: str | Path) -> Record:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
             raise ValueError(f"its format is {found!r}, this version reads {FORMAT!r}")
-        with safe_open(path.with_suffix(".safetensors"), "pt") as file:
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        values, _ = read_tensors(path.with_suffix(".safetensors"))
         axes = {name: tuple(names) for name, names in data["axes"].items()}
         return Record(data["analysis"], values, axes, data["score"], data["about"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"record: {path} cannot be used ({error})") from error
 
 

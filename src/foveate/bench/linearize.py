@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention._trained import Told
-from foveate.attention.base import Attention, Call, Result, dense_result
-from foveate.bench.runs import perplexity
+from foveate.bench.runs import window_perplexity
 from foveate.bench.train import Training, adapt, shape_of
-from foveate.hf.attach import attach
 from foveate.hf.convert import Conversion
 from foveate.hf.parts import body
+from foveate.hf.watch import Seen, watch
 from foveate.nn.linear.hedgehog import attention_transfer_loss
-from foveate.registry import Card
 from foveate.tasks.train import fit
 
 Heads = tuple[Tensor, Tensor]
@@ -92,9 +90,9 @@ def linearize(
     shape = shape_of(model, seen[:1, :2])
     with conversion.apply(model) as converted:
         layers = converted.layers
-        figures = {"untrained": held_out_perplexity(model, held_out)}
-    figures = {"model": held_out_perplexity(model, held_out)} | figures
-    watched = [watch(model, [int(i) for i in layers], ids, tell) for ids in (seen, held_out)]
+        figures = {"untrained": window_perplexity(model, held_out)}
+    figures = {"model": window_perplexity(model, held_out)} | figures
+    watched = [attending(model, [int(i) for i in layers], ids, tell) for ids in (seen, held_out)]
     divergence = {}
     for name, layer in layers.items():
         mine, test = (notes[int(name)] for notes in watched)
@@ -143,50 +141,26 @@ def divergence_of(layer: Any, windows: Sequence[Heads]) -> float:
 
 
 @torch.no_grad()
-def watch(
+def attending(
     model: Any, layers: Sequence[int], ids: Tensor, tell: Told | None = None
 ) -> dict[int, list[Heads]]:
     """Queries and keys of some layers in the windows ids (windows, tokens), by layer."""
-    notes = _Notes(held={layer: [] for layer in layers})
-    with attach(model, prefill=notes):
+    held: dict[int, list[Heads]] = {layer: [] for layer in layers}
+
+    def attention(seen: Seen) -> None:
+        if seen.layer in held:
+            held[seen.layer].append((seen.q.clone(), seen.k.clone()))
+
+    with watch(model, attention=attention):
         for i, row in enumerate(ids):
             body(model)(row[None], use_cache=False)
             if tell:
                 tell("watching the model", i + 1, len(ids))
-    return notes.held
-
-
-@torch.no_grad()
-def held_out_perplexity(model: Any, windows: Tensor) -> float:
-    """Of the tokens of windows (windows, tokens) but the first of each."""
-    states = [body(model)(row[None, :-1], use_cache=False).last_hidden_state[0] for row in windows]
-    return perplexity(model, torch.cat(states), windows[:, 1:].flatten())
+    return held
 
 
 def _with(model: Any, conversion: Conversion, layers: nn.ModuleDict, windows: Tensor) -> float:
     """The perplexity with layers that have learned."""
     with conversion.apply(model) as converted:
         converted.layers.load_state_dict(layers.state_dict())
-        return held_out_perplexity(model, windows)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Notes(Attention):
-    """Dense attention that keeps the queries and keys of some layers."""
-
-    card = Card(
-        name="notes",
-        title="Queries and keys of a model",
-        claim="dense attention that is watched",
-        kind="attention",
-        family="dense",
-        phases=("prefill",),
-    )
-
-    held: dict[int, list[Heads]] = field(default_factory=dict)
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
-        """Dense attention."""
-        if call.layer in self.held:
-            self.held[call.layer].append((q.clone(), k.clone()))
-        return dense_result(q, k, v, call)
+        return window_perplexity(model, windows)

@@ -149,6 +149,13 @@ def perplexity(model: Any, hidden: Tensor, targets: Tensor) -> float:
     return float(torch.tensor(total / targets.numel()).exp())
 
 
+@torch.no_grad()
+def window_perplexity(model: Any, windows: Tensor) -> float:
+    """Of the tokens of windows (windows, tokens), each read alone, but the first of each."""
+    states = [body(model)(row[None, :-1], use_cache=False).last_hidden_state[0] for row in windows]
+    return perplexity(model, torch.cat(states), windows[:, 1:].flatten())
+
+
 @torch.inference_mode()
 def divergence(dense: Tensor, other: Tensor) -> tuple[float, float]:
     """Mean KL(dense ‖ other) in nats and top-1 agreement of logits (n, vocabulary)."""

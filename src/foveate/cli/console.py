@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,18 @@ def tell(message: str) -> None:
     err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _walk(job: Any) -> None:
-    bar = Progress(
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error; what it gives is told a stage, and how much of it is done."""
+    with _bar() as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage, done, total: bar.update(
+            task, description=stage, completed=done, total=total
+        )
+
+
+def _bar() -> Progress:
+    return Progress(
         SpinnerColumn(),
         "{task.description}",
         BarColumn(),
@@ -54,8 +65,11 @@ def _walk(job: Any) -> None:
         TimeElapsedColumn(),
         console=err,
     )
+
+
+def _walk(job: Any) -> None:
     steps = job.todo()
-    with bar:
+    with _bar() as bar:
         task = bar.add_task("measuring", total=len(steps))
         for label, step in steps:
             bar.update(task, description=label)

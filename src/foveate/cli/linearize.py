@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
-from foveate.cli.console import app, err, out, tell
+from foveate.cli.console import app, err, out, stages, tell
 
 
 @app.command()
@@ -65,16 +64,7 @@ def linearize(
     counts = [tokens // window, held_out // window]
     ids = encode(tokenizer, content, sum(counts) * window).view(-1, window)
     seen, test = ids.split(counts)
-    bar = Progress(
-        SpinnerColumn(),
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=err,
-    )
-    with bar:
-        task = bar.add_task("starting", total=None)
+    with stages() as told:
         result = job.linearize(
             loaded,
             conversion,
@@ -84,9 +74,7 @@ def linearize(
             lr=lr,
             tune_steps=tune_steps,
             tune_lr=tune_lr,
-            progress=lambda stage, done, total: bar.update(
-                task, description=stage, completed=done, total=total
-            ),
+            progress=told,
         )
     _show(result)
     if file is not None:

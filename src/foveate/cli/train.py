@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from foveate.cli.console import app, err, out, tell
+from foveate.cli.console import app, err, out, stages, tell
 
 
 @app.command()
@@ -51,25 +50,14 @@ def train(
         loaded, tokenizer = builtin.load(model, progress=err.log)
     count = tokens // window
     windows = [encode(tokenizer, x, count * window).view(count, window) for x in contents]
-    bar = Progress(
-        SpinnerColumn(),
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=err,
-    )
-    with bar:
-        task = bar.add_task("starting", total=None)
+    with stages() as told:
         result = training.train(
             loaded,
             made,
             windows,
             steps=steps,
             lr=lr,
-            progress=lambda stage, done, total: bar.update(
-                task, description=stage, completed=done, total=total
-            ),
+            progress=told,
         )
     result.write(file)
     ends = result.losses[:1] + result.losses[-1:]

@@ -104,6 +104,17 @@ def head_width(dim: int, heads: int, share: float = 1.0) -> int:
     return int(width)
 
 
+def queries_last(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, Lq, ·) as the last queries of a recurrence over k (B, H, Lk, ·), zeros before them.
+
+    Raises ValueError for more queries than keys.
+    """
+    before = k.shape[2] - q.shape[2]
+    if before < 0:
+        raise ValueError("in causal cross-attention x must not be longer than its context")
+    return pad(q, (0, 0, before, 0))
+
+
 class LinearAttention(Recurrent):
     """Attention with weights φ(q)·φ(k): a subclass says what φ is in `features`.
 
@@ -148,14 +159,10 @@ class LinearAttention(Recurrent):
         """Attention to a source, all of it or up to the queries' positions."""
         fq, fk, v = self._terms(x, source)
         if causal:
-            before = fk.shape[2] - fq.shape[2]
-            if before < 0:
-                raise ValueError("in causal cross-attention x must not be longer than its context")
-            fq = pad(fq, (0, 0, before, 0))
             out, _ = ops.linear_attention_causal(
-                fq, fk, v, valid=valid, normalize=self.normalize, eps=self.eps
+                queries_last(fq, fk), fk, v, valid=valid, normalize=self.normalize, eps=self.eps
             )
-            out = out[:, :, before:]
+            out = out[:, :, -fq.shape[2] :]
         else:
             weight = None if valid is None else valid[:, None].expand(fk.shape[:3]).to(fk.dtype)
             out = ops.linear_attention_global(fq, fk, v, weight, self.normalize, self.eps)

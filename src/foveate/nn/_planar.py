@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from foveate import ops
 
@@ -18,6 +19,13 @@ class Planar(nn.Module):
         """Refuse what is no map of `dim` channels."""
         if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape:
             raise ValueError(f"x must be (batch, {self.dim}, rows, columns), got {tuple(x.shape)}")
+
+
+def convolved(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each channel of each map (B, C, H, W) under a kernel of its own (B, C, k, k), k odd."""
+    each = kernels.flatten(0, 1)[:, None]
+    y = conv2d(x.flatten(0, 1)[None], each, padding=kernels.shape[3] // 2, groups=len(each))
+    return y[0].unflatten(0, x.shape[:2])
 
 
 def tokens_of(x: Tensor) -> Tensor:

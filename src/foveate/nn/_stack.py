@@ -55,6 +55,11 @@ def pattern_items(pattern: str) -> list[str]:
     return layers
 
 
+def gated_width(dim: int) -> int:
+    """The usual inner width of a gated MLP: 8/3 dim, rounded up to a multiple of 8."""
+    return -(-8 * dim // 24) * 8
+
+
 class SwiGLU(nn.Module):
     """x -> (silu(x W_gate) ⊙ x W_up) W_down with `width` inner channels."""
 
@@ -212,9 +217,9 @@ def _layer(item: str, dim: int, given: dict[str, Any]) -> nn.Module:
 
 def _tie(layers: Sequence[nn.Module | None]) -> None:
     """Let layers of one class share what they share."""
-    groups: dict[type, list[Any]] = {}
+    groups: dict[Any, list[Any]] = {}
     for layer in layers:
         if hasattr(layer, "tie"):
             groups.setdefault(type(layer), []).append(layer)
     for cls, members in groups.items():
-        cls.tie(members)  # type: ignore[attr-defined]
+        cls.tie(members)

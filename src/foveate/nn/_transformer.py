@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate import ops
 from foveate.files import read_tensors, write_tensors
-from foveate.nn._stack import Stack
+from foveate.nn._stack import Stack, gated_width
 from foveate.ops import Mask
 
 FORMAT = "foveate.transformer/1"
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         }  # fmt: skip
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.causal = causal
-        inner = -(-8 * dim // 24) * 8 if mlp is None else mlp
+        inner = gated_width(dim) if mlp is None else mlp
         self.embed = nn.Embedding(vocabulary, dim, **made)
         self.places = nn.Embedding(positions, dim, **made) if positions else None
         self.stack = Stack(

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from foveate.attention.base import Attention
 from foveate.bench.claims import Outcome
 from foveate.hf.text import builtin_text
 from foveate.nn._attending import Attending
 from foveate.tasks.batch import Batch
+from foveate.tasks.byte_text import ByteText
 from foveate.tasks.mqar import mqar
 from foveate.tasks.train import fit
 
@@ -149,12 +149,11 @@ def trained_on_bytes(
     model: nn.Module, *, length: int, steps: int, lr: float = 3e-3, rows: int = 8
 ) -> nn.Module:
     """A language model of bytes, (B, L) -> (B, L, 256), trained on the built-in text."""
-    seen = _bytes()[_HELD_OUT:]
+    text = ByteText.of(builtin_text(), _HELD_OUT)
 
     def loss(step: int) -> Tensor:
-        made = torch.Generator().manual_seed(step)
-        at = torch.randint(len(seen) - length, (rows, 1), generator=made)
-        return _next_byte_loss(model, seen[at + torch.arange(length + 1)])
+        batch = text.batch(rows, seed=step, length=length)
+        return batch.loss(model(batch.inputs))
 
     fit(model.parameters(), loss, steps=steps, lr=lr)
     return model.eval()
@@ -163,20 +162,14 @@ def trained_on_bytes(
 @torch.no_grad()
 def held_out_loss(model: nn.Module, length: int) -> float:
     """Nats a byte of a language model on 16,384 bytes that it was not trained on."""
-    rows = _bytes()[: 1 << 14].view(-1, length)
-    parts = rows.split(max(1, 4096 // length))
-    total = sum(float(_next_byte_loss(model, part)) * len(part) for part in parts)
-    return total / len(rows)
+    text = ByteText.of(builtin_text(), _HELD_OUT)
+    test = text.test(length=length - 1, limit=(1 << 14) // length)
+    parts = (x.split(max(1, 4096 // length)) for x in test)
+    total = 0.0
+    for inputs, targets, mask in zip(*parts, strict=True):
+        total += float(Batch(inputs, targets, mask).loss(model(inputs))) * len(inputs)
+    return total / len(test.inputs)
 
 
 def _mlp(dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
-
-
-def _bytes() -> Tensor:
-    """The built-in text (n,)."""
-    return torch.frombuffer(bytearray(builtin_text().encode()), dtype=torch.uint8).long()
-
-
-def _next_byte_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    return cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())

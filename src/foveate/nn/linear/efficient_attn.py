@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from foveate import ops
 from foveate.nn._attention import heads_of, joined_heads
-from foveate.nn._linear import head_width
+from foveate.nn._linear import head_width, queries_last
 from foveate.nn._recurrent import Recurrent
 from foveate.nn.linear._position_softmax import softmax_before, softmax_everywhere
 from foveate.registry import PATTERNS, Card, register
@@ -72,13 +71,10 @@ class EfficientAttn(Recurrent):
         """Attention to a source, all of it or up to the queries' positions."""
         q, k, v = self._heads(x, source)
         if causal:
-            before = k.shape[2] - q.shape[2]
-            if before < 0:
-                raise ValueError("in causal cross-attention x must not be longer than its context")
+            rows = queries_last(q, k)
             keys, decay, _ = softmax_before(k, None, valid)
-            rows = pad(q, (0, 0, before, 0))
             out, _ = ops.scan(rows, keys, v, decay=decay, side="key", scale=1.0, valid=valid)
-            out = out[:, :, before:]
+            out = out[:, :, -q.shape[2] :]
         else:
             keys = softmax_everywhere(k, valid)
             out = ops.linear_attention_global(q, keys, v, normalize=False)

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from foveate import ops
 from foveate.nn._attention import Projections, heads_of, joined_heads, load_projections, rotary
-from foveate.nn._linear import head_width
+from foveate.nn._linear import head_width, queries_last
 from foveate.nn._recurrent import Recurrent
 from foveate.registry import PATTERNS, Card, register
 
@@ -210,11 +209,8 @@ class Hedgehog(Recurrent):
         own = at if x is source else torch.arange(first, first + x.shape[1], device=x.device)
         q, k = self._turned(q, own), self._turned(k, at)
         if causal:
-            before = k.shape[2] - q.shape[2]
-            if before < 0:
-                raise ValueError("in causal cross-attention x must not be longer than its context")
-            out, _ = self.summed(pad(q, (0, 0, before, 0)), k, v, None, valid)
-            return self.joined(out[:, :, before:])
+            out, _ = self.summed(queries_last(q, k), k, v, None, valid)
+            return self.joined(out[:, :, -q.shape[2] :])
         fq, fk = self.features(q, k)
         weight = None if valid is None else valid[:, None].expand(fk.shape[:3]).to(fk.dtype)
         out = ops.linear_attention_global(fq, fk, v.to(fk.dtype), weight, eps=_EPS)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, instance_norm, silu
+from torch.nn.functional import gelu, instance_norm, silu
 
 from foveate import ops
-from foveate.nn._planar import Planar
+from foveate.nn._planar import Planar, convolved
 from foveate.registry import Card, register
 
 
@@ -120,10 +120,7 @@ class LocalMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, dim, H, W) -> (B, dim, H, W)."""
-        kernels = self.kernel(x.mean((2, 3))).flatten(0, 1)[:, None]
-        width = kernels.shape[2]
-        y = conv2d(x.flatten(0, 1)[None], kernels, padding=width // 2, groups=len(kernels))
-        return y[0].unflatten(0, x.shape[:2]) + self.bias
+        return convolved(x, self.kernel(x.mean((2, 3)))) + self.bias
 
 
 class Interaction(nn.Module):

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 from foveate import ops
 from foveate.nn._attention import heads_of, joined_heads
 from foveate.nn._linear import head_width
-from foveate.nn._planar import Planar, map_of, tokens_of
+from foveate.nn._planar import Planar, convolved, map_of, tokens_of
 from foveate.registry import Card, register
 
 _KERNEL = 3
@@ -95,8 +94,7 @@ class InLine(Planar):
         q, k, v = self.qkv(tokens_of(x)).chunk(3, -1)
         fq, fk = (self.map(heads_of(y, self.width)) for y in (q, k))
         far = joined_heads(inline_attention(fq, fk, heads_of(v, self.width)))
-        kernels = self.kernel(x.flatten(2).mean(2, keepdim=True)).view(-1, 1, _KERNEL, _KERNEL)
-        maps = map_of(v, x.shape[2], x.shape[3]).flatten(0, 1)[None]
-        near = conv2d(maps, kernels, padding=_KERNEL // 2, groups=len(kernels))
-        near = near[0].unflatten(0, x.shape[:2])
+        kernels = self.kernel(x.flatten(2).mean(2, keepdim=True))
+        kernels = kernels.view(*x.shape[:2], _KERNEL, _KERNEL)
+        near = convolved(map_of(v, x.shape[2], x.shape[3]), kernels)
         return map_of(self.out(far + tokens_of(near)), x.shape[2], x.shape[3])

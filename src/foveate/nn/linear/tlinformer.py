@@ -14,7 +14,7 @@ from foveate.nn._attention import heads_of, joined_heads
 from foveate.nn._held import Held, attend_held, token_positions, turned
 from foveate.nn._linear import head_width
 from foveate.nn._recurrent import Recurrent, State
-from foveate.nn._stack import SwiGLU
+from foveate.nn._stack import SwiGLU, gated_width
 from foveate.ops.memory_scan import stretches
 from foveate.registry import Card, register
 
@@ -123,7 +123,7 @@ class TLinFormer(Recurrent):
             ops.check_block(name, size) for name, size in (("window", window), ("history", history))
         )
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner = -(-8 * dim // 24) * 8 if mlp is None else mlp
+        inner = gated_width(dim) if mlp is None else mlp
         self.blocks = nn.ModuleList(
             nn.ModuleList(Layer(dim, heads, inner, theta, **made) for _ in range(block_layers))
             for _ in range(ops.check_block("blocks", blocks))

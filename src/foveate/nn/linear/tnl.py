@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate import ops
 from foveate.nn._attention import joined_heads
-from foveate.nn._stack import Stack
+from foveate.nn._stack import Stack, SwiGLU, gated_width
 from foveate.nn.linear.lightning2 import Lightning2
 from foveate.registry import Card, register
 
@@ -86,13 +86,8 @@ class _Gated(nn.Module):
         return y
 
 
-class _SGLU(nn.Module):
+class _SGLU(SwiGLU):
     """x -> (x W_1 ⊙ x W_2) W_3 with `width` inner channels."""
-
-    def __init__(self, dim: int, width: int, **made: Any) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(dim, width, bias=False, **made) for _ in range(2))
-        self.down = nn.Linear(width, dim, bias=False, **made)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, dim) -> (…, dim)."""
@@ -119,7 +114,7 @@ class TransNormer(Stack):
     ) -> None:
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, "tnl", heads=heads, layers=layers, **made)
-        inner = -(-8 * dim // 24) * 8 if mlp is None else ops.check_block("mlp", mlp)
+        inner = gated_width(dim) if mlp is None else ops.check_block("mlp", mlp)
         for block in self.blocks:
             block.norm, block.mlp_norm = _plain_norm(dim), _plain_norm(dim)
             block.mlp = _SGLU(dim, inner, **made)

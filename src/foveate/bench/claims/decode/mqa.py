@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import perplexity
+from foveate.bench.runs import window_perplexity
 from foveate.bench.timing import paired
 from foveate.bench.train import train
 from foveate.hf.convert import Conversion
-from foveate.hf.parts import body
 from foveate.nn.decode.mqa import MQA
 
 CLAIM = "the fewer key and value heads, the fewer bytes a step reads and the faster it is"
@@ -56,19 +54,11 @@ def _quality() -> dict[str, float]:
     count = _WINDOWS + _HELD_OUT
     ids = text_ids(count * _LENGTH).view(count, _LENGTH)
     seen, test = ids.split((_WINDOWS, _HELD_OUT))
-    figures = {"perplexity, 3 kv heads": _perplexity(test)}
+    figures = {"perplexity, 3 kv heads": window_perplexity(model, test)}
     conversion = Conversion.of("mqa")
     taught = train(model, conversion, [seen], steps=_WINDOWS)
     with conversion.apply(model) as converted:
-        figures["perplexity, their mean, untrained"] = _perplexity(test)
+        figures["perplexity, their mean, untrained"] = window_perplexity(model, test)
         converted.layers.load_state_dict(taught.learner.state_dict())
-        figures["perplexity, their mean, trained"] = _perplexity(test)
+        figures["perplexity, their mean, trained"] = window_perplexity(model, test)
     return figures
-
-
-@torch.inference_mode()
-def _perplexity(windows: Tensor) -> float:
-    """Of the windows' tokens but the first of each."""
-    model, _ = loaded()
-    states = [body(model)(x[None, :-1], use_cache=False).last_hidden_state[0] for x in windows]
-    return perplexity(model, torch.cat(states), windows[:, 1:].flatten())

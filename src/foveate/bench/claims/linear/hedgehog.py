@@ -9,7 +9,7 @@ import torch
 from foveate import ops
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.linearize import Heads, linearize, watch
+from foveate.bench.linearize import Heads, attending, linearize
 from foveate.hf.convert import Conversion
 from foveate.nn.linear.hedgehog import attention_transfer_loss
 
@@ -30,7 +30,7 @@ def measure() -> Outcome:
     seen, test = text_ids(count * _LENGTH).view(count, _LENGTH).split((_SEEN, _HELD_OUT))
     conversion = replace(Conversion.of("hedgehog"), layers=_LAYERS)
     found = linearize(model, conversion, seen, test, steps=100, tune_steps=0)
-    notes = watch(model, _LAYERS, test)
+    notes = attending(model, _LAYERS, test)
     untrained, trained = (
         sum(kl) / len(_LAYERS) for kl in zip(*found.divergence.values(), strict=True)
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.bench.claims import Outcome
 from foveate.bench.claims._builtin import loaded, text_ids
-from foveate.bench.runs import perplexity
+from foveate.bench.runs import window_perplexity
 from foveate.hf.parts import body
 from foveate.nn._attention import Projections
 from foveate.nn.linear.matvlm import MaTVLM, distillation_loss
@@ -45,7 +45,7 @@ def measure() -> Outcome:
     block = model.model.layers[_LAYER]
     inputs, outputs = _seen(block.self_attn, ids)
     weights, heads = Projections.of(block.self_attn), model.config.num_attention_heads
-    figures = {"perplexity, attention": _perplexity(ids[_WINDOWS:])}
+    figures = {"perplexity, attention": window_perplexity(model, ids[_WINDOWS:])}
     for name in ("its weights", "new weights"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -57,7 +57,7 @@ def measure() -> Outcome:
         _distil(layer, inputs[:_WINDOWS], outputs[:_WINDOWS])
         figures[f"distance, {name}"] = _distance(layer, inputs, outputs)
         kept, block.self_attn = block.self_attn, Placed(layer)
-        figures[f"perplexity, {name}"] = _perplexity(ids[_WINDOWS:])
+        figures[f"perplexity, {name}"] = window_perplexity(model, ids[_WINDOWS:])
         block.self_attn = kept
     sooner = figures["distance, its weights"] < figures["distance, new weights"]
     better = figures["perplexity, its weights"] < figures["perplexity, new weights"]
@@ -97,11 +97,3 @@ def _seen(attention: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     hook.remove()
     inputs, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return inputs, outputs
-
-
-@torch.no_grad()
-def _perplexity(windows: Tensor) -> float:
-    """Of the windows' tokens but the first of each."""
-    model, _ = loaded()
-    states = [body(model)(x[None, :-1], use_cache=False).last_hidden_state[0] for x in windows]
-    return perplexity(model, torch.cat(states), windows[:, 1:].flatten())
