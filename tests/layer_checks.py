@@ -2,6 +2,7 @@
 
 import torch
 
+from foveate import ops
 from foveate.nn._attention import rotary
 from sparse_checks import causal_keep, softmax_over
 
@@ -43,3 +44,18 @@ def hidden_and_output(model, ids):
         model(ids)
     hook.remove()
     return layer, seen["in"], seen["out"]
+
+
+@torch.no_grad()
+def check_rows_go_on_as_alone(layer, x, padded):
+    """Rows x (2, 20, dim), the second led by `padded` of padding, end step by step as alone."""
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[1, :padded] = False
+    y, state = layer(x[:, :10], mask=ops.padding(valid), return_state=True)
+    outs = [y]
+    for t in range(10, 20):
+        y, state = layer.step(x[:, t], state)
+        outs.append(y[:, None])
+    got = torch.cat(outs, 1)
+    torch.testing.assert_close(got[0], layer(x[:1])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got[1, padded:], layer(x[1:, padded:])[0], atol=1e-5, rtol=1e-4)

@@ -6,7 +6,7 @@ import foveate
 from foveate import ops
 from foveate.nn._recurrent import state_bytes
 from foveate.nn.linear.hymba import layer_kinds
-from layer_checks import tokens
+from layer_checks import check_rows_go_on_as_alone, tokens
 
 SMALL = {"dim": 32, "heads": 4, "kv_heads": 2, "depth": 6, "window": 4, "meta": 3, "states": 4}
 
@@ -106,17 +106,7 @@ def test_keeps_a_window_for_two_layers_and_all_tokens_in_three():
 
 def test_rows_that_have_seen_more_than_others_go_on_as_alone():
     model, x = build(), tokens(20)
-    valid = torch.ones(2, 10, dtype=torch.bool)
-    valid[1, :6] = False
-    with torch.no_grad():
-        y, state = model(x[:, :10], mask=ops.padding(valid), return_state=True)
-        outs = [y]
-        for t in range(10, 20):
-            y, state = model.step(x[:, t], state)
-            outs.append(y[:, None])
-        got = torch.cat(outs, 1)
-        torch.testing.assert_close(got[0], model(x[:1])[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(got[1, 6:], model(x[1:, 6:])[0], atol=1e-5, rtol=1e-4)
+    check_rows_go_on_as_alone(model, x, 6)
 
 
 @pytest.mark.parametrize(

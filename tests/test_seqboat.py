@@ -3,8 +3,7 @@ import torch
 from torch.nn.functional import silu
 
 import foveate
-from foveate import ops
-from layer_checks import tokens
+from layer_checks import check_rows_go_on_as_alone, tokens
 
 
 def build(seed=0, **options):
@@ -129,17 +128,7 @@ def test_rows_do_not_depend_on_how_many_tokens_others_activate(causal):
 
 def test_rows_of_different_lengths_go_on_as_alone():
     layer, x = build(), tokens(20)
-    valid = torch.ones(2, 10, dtype=torch.bool)
-    valid[1, :4] = False
-    with torch.no_grad():
-        y, state = layer(x[:, :10], mask=ops.padding(valid), return_state=True)
-        outs = [y]
-        for t in range(10, 20):
-            y, state = layer.step(x[:, t], state)
-            outs.append(y[:, None])
-        got = torch.cat(outs, 1)
-        torch.testing.assert_close(got[0], layer(x[:1])[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(got[1, 4:], layer(x[1:, 4:])[0], atol=1e-5, rtol=1e-4)
+    check_rows_go_on_as_alone(layer, x, 4)
 
 
 @pytest.mark.parametrize(

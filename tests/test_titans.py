@@ -3,9 +3,8 @@ import torch
 from torch.nn.functional import normalize, silu
 
 import foveate
-from foveate import ops
 from foveate.nn.linear.titans import Titans
-from layer_checks import tokens
+from layer_checks import check_rows_go_on_as_alone, tokens
 from memory_checks import loop, said
 
 FORMS = ("lmm", "mac", "mag", "mal")
@@ -131,17 +130,7 @@ def test_no_token_sees_a_later_one(form, read):
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_at_different_places_in_their_chunks_go_on_as_alone(form):
     layer, x = build(form=form, theta=100.0), tokens(20)
-    valid = torch.ones(2, 10, dtype=torch.bool)
-    valid[1, :3] = False
-    with torch.no_grad():
-        y, state = layer(x[:, :10], mask=ops.padding(valid), return_state=True)
-        outs = [y]
-        for t in range(10, 20):
-            y, state = layer.step(x[:, t], state)
-            outs.append(y[:, None])
-        got = torch.cat(outs, 1)
-        torch.testing.assert_close(got[0], layer(x[:1])[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(got[1, 3:], layer(x[1:, 3:])[0], atol=1e-5, rtol=1e-4)
+    check_rows_go_on_as_alone(layer, x, 3)
 
 
 @pytest.mark.parametrize("form", FORMS)

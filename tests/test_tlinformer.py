@@ -3,7 +3,7 @@ import torch
 
 import foveate
 from foveate import ops
-from layer_checks import tokens
+from layer_checks import check_rows_go_on_as_alone, tokens
 
 
 def build(seed=0, **options):
@@ -125,17 +125,7 @@ def test_keeps_all_keys_in_one_layer_of_a_block_and_few_in_the_others(length):
 
 def test_rows_at_different_places_in_their_windows_go_on_as_alone():
     layer, x = build(), tokens(20)
-    valid = torch.ones(2, 10, dtype=torch.bool)
-    valid[1, :7] = False
-    with torch.no_grad():
-        y, state = layer(x[:, :10], mask=ops.padding(valid), return_state=True)
-        outs = [y]
-        for t in range(10, 20):
-            y, state = layer.step(x[:, t], state)
-            outs.append(y[:, None])
-        got = torch.cat(outs, 1)
-        torch.testing.assert_close(got[0], layer(x[:1])[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(got[1, 7:], layer(x[1:, 7:])[0], atol=1e-5, rtol=1e-4)
+    check_rows_go_on_as_alone(layer, x, 7)
 
 
 @pytest.mark.parametrize(
