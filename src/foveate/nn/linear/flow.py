@@ -32,11 +32,7 @@ class Sums(NamedTuple):
 class FlowState(State):
     """A state with the sums of the flows."""
 
-    keys: Tensor | None = None
-    queries: Tensor | None = None
-    sources: Tensor | None = None
-    sinks: Tensor | None = None
-    competition: Tensor | None = None
+    sums: Sums | None = None
 
 
 def flow_attention(
@@ -172,11 +168,10 @@ class Flow(Recurrent):
 
     def run(self, x: Tensor, valid: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         """The causal form."""
-        held = Sums(*(getattr(state, name) for name in Sums._fields))
         out, sums = flow_attention_causal(
-            *self._heads(x, x), clamp=self.clamp, before=held, count=state.pos, valid=valid
+            *self._heads(x, x), clamp=self.clamp, before=state.sums, count=state.pos, valid=valid
         )
-        return self.out(joined_heads(out).to(x.dtype)), replace(state, **sums._asdict())
+        return self.out(joined_heads(out).to(x.dtype)), replace(state, sums=sums)
 
     def whole(self, x: Tensor, source: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
         """Flows between all queries and all keys."""
