@@ -163,6 +163,9 @@ def attend_quantized(case):
     groups = [rng.choice(quantized_groups(case.k_len, x.shape[3])) for x in kv]
     packed = [ops.quantize(x, n, group=g) for x, n, g in zip(kv, bits, groups, strict=True)]
     options = case.options() | {"k_bits": bits[0], "v_bits": bits[1], "causal": case.chance(0.5)}
+    if case.chance(0.5):
+        count = rng.choice([1, 5, 16, 64, 130])
+        options["exact"] = [case.tensor(case.kv_heads, count, x.shape[3]) for x in kv]
     return lambda: ops.attend_quantized(q, *packed, **options, return_lse=True), (q,)
 
 

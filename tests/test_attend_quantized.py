@@ -100,20 +100,39 @@ def test_one_strong_key_among_many_weak_ones(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cache_of_codes_and_an_exact_tail_merge_to_the_whole(backend):
-    q, k, v = drawn(SHAPES[1])
-    past = 2496
-    parts = packed(k[:, :, :past], 8, (32, 1)), packed(v[:, :, :past], 8, 0)
-    with ops.backend(backend):
-        old = ops.attend_quantized(q, *parts, k_bits=8, v_bits=8, return_lse=True)
-        new = ops.attend(q, k[:, :, past:], v[:, :, past:], causal=True, return_lse=True)
-        got = ops.merge([old, new])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coded", [0, 32, 1024, 2464])
+@pytest.mark.parametrize("tokens", [1, 2, 130])
+def test_exact_tokens_follow_the_codes(tokens, coded, dtype, backend):
+    batch, q_heads, kv_heads, queries, _, *dims = SHAPES[1]
+    q, k, v = drawn((batch, q_heads, kv_heads, queries, coded + tokens, *dims), dtype)
+    parts = packed(k[:, :, :coded], 8, (32, 1)), packed(v[:, :, :coded], 4, 0)
+    tail = k[:, :, coded:], v[:, :, coded:]
     whole = [
-        torch.cat((ops.dequantize(x, 8, group=g), y[:, :, past:]), 2)
-        for x, g, y in zip(parts, ((32, 1), 96), (k, v), strict=True)
+        torch.cat((ops.dequantize(x, bits, group=group), y.float()), 2)
+        for x, bits, group, y in zip(parts, (8, 4), ((32, 1), 96), tail, strict=True)
     ]
+    options = {"causal": coded + tokens >= queries, "scale": 0.2}
     with ops.backend("reference"):
-        close(got, ops.attend(q, *whole, causal=True, return_lse=True), TOLERANCE[backend])
+        want = ops.attend(q.float(), *whole, return_lse=True, **options)
+    with ops.backend(backend):
+        got = ops.attend_quantized(
+            q, *parts, k_bits=8, v_bits=4, exact=tail, return_lse=True, **options
+        )
+        merged = ops.merge(
+            [
+                ops.attend_quantized(q[:, :, -1:], *parts, k_bits=8, v_bits=4, return_lse=True),
+                ops.attend(q[:, :, -1:], *tail, return_lse=True),
+            ]
+        )
+        last = ops.attend_quantized(q[:, :, -1:], *parts, k_bits=8, v_bits=4, exact=tail)
+    assert got[0].dtype == dtype
+    close(got[1:], want[1:], TOLERANCE[backend])
+    options = {"rtol": torch.finfo(dtype).eps, "atol": TOLERANCE[backend], "check_dtype": False}
+    torch.testing.assert_close(got[0], want[0], **options)
+    torch.testing.assert_close(
+        last, merged[0], **options | {"atol": 2e-6 if dtype.itemsize == 4 else 1e-2}
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,6 +225,9 @@ def without(x, part, value):
         ({"v": "short"}, ValueError, "must match"),
         ({"v": "scale"}, ValueError, "do not fit together"),
         ({"v": "dtype"}, ValueError, "v.zero must be .* torch.int16"),
+        ({"exact": (torch.zeros(1, 3, 2, 64), torch.zeros(1, 3, 1, 64))}, ValueError, "exact v"),
+        ({"exact": (torch.zeros(1, 3, 2, 48), torch.zeros(1, 3, 2, 64))}, ValueError, "exact k"),
+        ({"exact": [torch.zeros(1, 3, 2, 64).half()] * 2}, ValueError, "exact k .*float16"),
     ],
 )
 def test_bad_input_is_named(change, error, words):

@@ -210,7 +210,8 @@ def test_segments_of_different_lengths_are_kept_joined_and_picked():
     grown = kept.append({"k": torch.tensor([7.0, 8, 9]).view(3, 1, 1)})
     assert grown.held["k"][:, 0].tolist() == [0, 7, 2, 3, 8, 5, 9]
     rows = grown.rows(3)
-    assert Slots.joined([rows[2], rows[0]]).held["k"][:, 0].tolist() == [5, 9, 0, 7]
+    assert Slots.joined([rows[2], rows[0]]).held["k"][..., 0].tolist() == [[5, 9], [0, 7]]
+    assert Slots.joined(rows).held["k"][:, 0].tolist() == [0, 7, 2, 3, 8, 5, 9]
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def test_other_options_than_those_of_the_training_are_refused(taught):
 def test_other_heads_are_refused(taught):
     policy = foveate.create("lococo", **SMALL, conv=str(taught[1]))
     held = {name: torch.rand(90, 16) for name in "kv"}
-    row = Slots(held | {"score": torch.rand(90)}, [30] * 3)
+    row = Slots.of(held | {"score": torch.rand(90)}, [30] * 3)
     scores = row.padded("score")
     with pytest.raises(ValueError, match=r"4 layers, 4 query heads, 2 kv .* has .* 3 kv heads"):
         policy.merge(row, scores, policy.keep(scores), rope=None, layer=0)

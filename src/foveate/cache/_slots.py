@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Join = Callable[[str, Tensor, Tensor], Tensor]
+"""Puts new slots (S, l, …) behind those held (S, n, …) under a name."""
+
+
+def _copied(name: str, held: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([held, new], 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Segments of different lengths, one behind the other.
+    """Segments of S kv heads; slots are in the tokens' order.
 
-    held: "k" (T, D), "v" (T, Dv), and what a policy notes of every slot (T,); lengths: slots of
-    each segment, row by row and kv head by kv head, T in all. Slots are in the tokens' order.
+    held: "k" (S, n, D), "v" (S, n, Dv), and what a policy notes of every slot (S, n); where the
+    segments are not equally long, they lie one behind the other: (T, …). lengths: slots of each
+    segment, row by row and kv head by kv head, T in all.
     """
 
     held: dict[str, Tensor]
     lengths: list[int]
+
+    @staticmethod
+    def of(flat: Mapping[str, Tensor], lengths: list[int]) -> Slots:
+        """Segments that lie one behind the other in flat tensors (T, …)."""
+        slots = Slots(dict(flat), lengths)
+        if slots.even:
+            shape = len(lengths), slots.width
+            slots.held.update({n: x.reshape(*shape, *x.shape[1:]) for n, x in flat.items()})
+        return slots
 
     @property
     def width(self) -> int:
@@ -36,41 +53,52 @@ class Slots:
         lengths = torch.tensor(self.lengths, device=device)
         return torch.arange(self.width, device=device) >= self.width - lengths[:, None]
 
+    def flat(self, name: str) -> Tensor:
+        """What is held under a name as (T, …)."""
+        return self.held[name].flatten(0, 1) if self.even else self.held[name]
+
     def padded(self, name: str) -> Tensor:
         """What is held under a name as (S, width, …): short segments are filled up in front."""
         x = self.held[name]
-        full = (len(self.lengths), self.width, *x.shape[1:])
         if self.even:
-            return x.view(full)
-        out = x.new_zeros(full)
+            return x
+        out = x.new_zeros(len(self.lengths), self.width, *x.shape[1:])
         out[self.filled()] = x
         return out
+
+    def replaced(self, flat: Mapping[str, Tensor]) -> Slots:
+        """The same slots with other tensors (T, …) under some names."""
+        return Slots(self.held | Slots.of(flat, self.lengths).held, self.lengths)
 
     def keep(self, kept: Tensor) -> Slots:
         """The slots marked in kept (S, width) bool."""
         kept = kept & self.filled()
-        flat = kept[self.filled()]
-        return Slots({n: x[flat] for n, x in self.held.items()}, kept.sum(1).tolist())
+        at = kept if self.even else kept[self.filled()]
+        return Slots.of({n: x[at] for n, x in self.held.items()}, kept.sum(1).tolist())
 
-    def append(self, new: Mapping[str, Tensor]) -> Slots:
+    def append(self, new: Mapping[str, Tensor], join: Join = _copied) -> Slots:
         """Every segment followed by its part of new tensors (S, l, …)."""
         count = next(iter(new.values())).shape[1]
+        lengths = [n + count for n in self.lengths]
+        if self.even:
+            return Slots({n: join(n, x, new[n]) for n, x in self.held.items()}, lengths)
         held = {}
         for name, x in self.held.items():
             pairs = zip(x.split(self.lengths), new[name].unbind(0), strict=True)
             held[name] = torch.cat([piece for pair in pairs for piece in pair])
-        return Slots(held, [n + count for n in self.lengths])
+        return Slots(held, lengths)
 
     def rows(self, count: int) -> list[Slots]:
         """The segments of each of `count` rows, as views."""
         heads = len(self.lengths) // count
         lengths = [self.lengths[i : i + heads] for i in range(0, len(self.lengths), heads)]
-        sizes = [sum(row) for row in lengths]
+        sizes = [heads if self.even else sum(row) for row in lengths]
         pieces = {name: x.split(sizes) for name, x in self.held.items()}
-        return [Slots({n: x[b] for n, x in pieces.items()}, lengths[b]) for b in range(count)]
+        make = Slots if self.even else Slots.of
+        return [make({n: x[b] for n, x in pieces.items()}, lengths[b]) for b in range(count)]
 
     @staticmethod
     def joined(parts: Sequence[Slots]) -> Slots:
         """Rows one behind the other, copied."""
-        held = {name: torch.cat([part.held[name] for part in parts]) for name in parts[0].held}
-        return Slots(held, [n for part in parts for n in part.lengths])
+        held = {name: torch.cat([part.flat(name) for part in parts]) for name in parts[0].held}
+        return Slots.of(held, [n for part in parts for n in part.lengths])

@@ -107,7 +107,7 @@ class EMS(Bounded):
         weight = scores.clamp_min(1e-9).masked_fill(~member, 0.0)
 
         def put(x: Tensor, means: Tensor) -> Tensor:
-            out = x.to(means.dtype)
+            out = x.to(means.dtype, copy=True)  # other caches may share what is held
             out[centre] = means.flatten(0, 1)
             return out
 
@@ -123,7 +123,7 @@ class EMS(Bounded):
             behind = row.padded("count")
             mixed["count"] = put(behind, _sums(behind, slot, member, count))
         held = {name: x.flatten(0, 1).to(row.held[name].dtype) for name, x in mixed.items()}
-        return Slots(row.held | held, row.lengths).keep(kept)
+        return row.replaced(held).keep(kept)
 
     def _clusters(
         self, keys: Tensor, scores: Tensor, centre: Tensor, kept: Tensor

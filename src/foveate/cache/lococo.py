@@ -107,7 +107,7 @@ class LoCoCo(Trainable, Bounded):
         self, row: Slots, scores: Tensor, kept: Tensor, *, rope: Tables | None, layer: int
     ) -> Slots:
         """The kept slots; those that are no heavy hitters blended with what is dropped."""
-        row = Slots(row.held | {"score": torch.zeros_like(row.held["score"])}, row.lengths)
+        row = row.replaced({"score": torch.zeros_like(row.flat("score"))})
         held, found = row.keep(kept), self.read()
         if found is None or not self.mixed:
             return held
@@ -115,9 +115,8 @@ class LoCoCo(Trainable, Bounded):
         found.check_model(found.shape._replace(kv_heads=k.shape[0], dim=k.shape[2]))
         part = {name: x[layer] for name, x in found.weights.items()}
         mixed = self.blended(k.float(), v.float(), scores, kept, part)
-        for name, x in zip("kv", mixed, strict=True):
-            held.held[name] = x.flatten(0, 1).to(held.held[name].dtype)
-        return held
+        flat = {n: x.flatten(0, 1).to(row.held[n].dtype) for n, x in zip("kv", mixed, strict=True)}
+        return held.replaced(flat)
 
     def blended(
         self, k: Tensor, v: Tensor, scores: Tensor, kept: Tensor, part: Packed

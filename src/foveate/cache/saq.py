@@ -107,15 +107,19 @@ class SAQ(Store):
         return Stairs(owned(first), levels, owned(cut(newest, count * self.block)))
 
     def attend(self, q: Tensor, held: Stairs, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Exact tokens and the codes of each level, merged into one softmax."""
+        """Codes of each level and exact tokens, merged into one softmax."""
         exact = joined(held.first, held.newest, (k, v))
         causal = q.shape[2] > 1
-        parts = [ops.attend(q, *exact, causal=causal, return_lse=True, **options)]
-        for bits, level in zip(self.bits[1:], held.levels, strict=True):
-            if level is not None:
-                k_codes, v_codes = level
-                widths: dict[str, Any] = {"k_bits": bits, "v_bits": bits, **options}
-                parts.append(ops.attend_quantized(q, k_codes, v_codes, return_lse=True, **widths))
+        levels = zip(self.bits[1:], held.levels, strict=True)
+        coded = [(bits, level) for bits, level in levels if level is not None]
+        if not coded:
+            return ops.attend(q, *exact, causal=causal, **options)
+        parts = []
+        for bits, (k_codes, v_codes) in coded:
+            widths: dict[str, Any] = {"k_bits": bits, "v_bits": bits, **options}
+            if bits == coded[-1][0]:
+                widths |= {"exact": exact, "causal": causal}
+            parts.append(ops.attend_quantized(q, k_codes, v_codes, return_lse=True, **widths))
         return parts[0][0] if len(parts) == 1 else ops.merge(parts)[0]
 
     def tensors(self, held: Stairs) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate import ops
 from foveate.attention.base import Record, token_layout
 from foveate.cache.base import Eviction, Packed, Slots, Tables
-from foveate.hf.layers import PolicyLayer, Recorder, real_tokens
+from foveate.hf.layers import Growing, PolicyLayer, Recorder, real_tokens
 
 
 class EvictionLayer(PolicyLayer):
@@ -27,6 +27,7 @@ class EvictionLayer(PolicyLayer):
         self.real: list[int] = []  # tokens of every row seen so far, without padding
         self._new: Packed = {}
         self._grown: Slots | None = None
+        self._growing: dict[str, Growing] = {}
         self._fresh: list[Tensor | slice] = []
 
     def stored(self) -> int:
@@ -58,9 +59,10 @@ class EvictionLayer(PolicyLayer):
         k = self._new["k"]
         rows, heads, length = k.shape[:3]
         if self.slots is None:
-            empty = {n: x.new_empty(0, *x.shape[3:]) for n, x in self._new.items()}
-            empty |= {n: k.new_empty(0, dtype=torch.float32) for n in self.policy.notes}
-            self.slots = Slots(empty, [0] * (rows * heads))
+            count = rows * heads
+            empty = {n: x.new_empty(count, 0, *x.shape[3:]) for n, x in self._new.items()}
+            empty |= {n: k.new_empty(count, 0, dtype=torch.float32) for n in self.policy.notes}
+            self.slots = Slots(empty, [0] * count)
             self.real = [0] * rows
         new = dict(self._new)
         if self.policy.notes:
@@ -70,7 +72,13 @@ class EvictionLayer(PolicyLayer):
             for name in self.policy.notes:
                 note = known.get(name, torch.zeros_like(real)).float()
                 new[name] = note[:, None].expand(-1, heads, -1)
-        return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()})
+        return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()}, self._join)
+
+    def _join(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        """Keys and values grow in place after the first call, unless gradients are wanted."""
+        if name not in self._new or not held.shape[1] or torch.is_grad_enabled():
+            return torch.cat([held, new], 1)
+        return self._growing.setdefault(name, Growing(1)).appended(held, new)
 
     def admit(self, valid: Tensor | None, batch: int, q_len: int) -> Tensor | None:
         """Take in the new tokens; validity (B, ·) of what `update` returned, None: all real."""
@@ -143,10 +151,11 @@ class EvictionLayer(PolicyLayer):
                 evicted = True
             rows[b] = row
         if evicted:
+            self._growing = {}
             self.slots = rows[0] if len(rows) == 1 else Slots.joined(rows)
         elif self.slots is not None and self.policy.notes:
-            notes = {name: torch.cat([x.held[name] for x in rows]) for name in self.policy.notes}
-            self.slots = Slots(self.slots.held | notes, self.slots.lengths)
+            notes = {name: torch.cat([x.flat(name) for x in rows]) for name in self.policy.notes}
+            self.slots = self.slots.replaced(notes)
 
     def _observed(self, q: Tensor, row: Slots, scale: float | None) -> Slots:
         """A row with its notes brought up to date."""
@@ -157,8 +166,7 @@ class EvictionLayer(PolicyLayer):
                 found.setdefault(name, []).append(x.flatten())
         if not found:
             return row
-        held = {name: torch.cat(pieces) for name, pieces in found.items()}
-        return Slots(row.held | held, row.lengths)
+        return row.replaced({name: torch.cat(pieces) for name, pieces in found.items()})
 
     def _scores(self, q: Tensor, row: Slots, scale: float | None) -> Tensor:
         """Scores (Hkv, width) of a row's slots, −inf where a head has none."""
@@ -166,7 +174,7 @@ class EvictionLayer(PolicyLayer):
         for part, queries in zip(_parts(row), _queries(q, row), strict=True):
             k, notes = part.padded("k")[None], self._notes(part)
             pieces.append(self.policy.score(queries, k, notes, scale=scale).flatten())
-        scores = Slots(row.held | {"score": torch.cat(pieces)}, row.lengths)
+        scores = row.replaced({"score": torch.cat(pieces)})
         return scores.padded("score").masked_fill(~row.filled(), -torch.inf)
 
     def _notes(self, part: Slots) -> Packed:
@@ -202,7 +210,7 @@ class EvictionLayer(PolicyLayer):
         """Forget everything."""
         super().reset()
         self.slots = self._grown = None
-        self.real, self._new, self._fresh = [], {}, []
+        self.real, self._new, self._fresh, self._growing = [], {}, [], {}
 
 
 def _parts(row: Slots) -> list[Slots]:

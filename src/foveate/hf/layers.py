@@ -81,26 +81,30 @@ class Stateful:
 
 
 class Growing:
-    """A tensor (B, H, n, D) that grows at its end in place as long as its storage has room.
+    """A tensor that grows along an axis in place as long as its storage has room.
 
     One part in `_ROOM` of the storage is kept free, so that growing by a token seldom copies all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
         self.held: Tensor | None = None
         self.storage: Tensor | None = None
 
     def appended(self, held: Tensor, new: Tensor) -> Tensor:
         """`held` followed by `new`; copies `held` unless it is what was returned last."""
-        start, stop = held.shape[2], held.shape[2] + new.shape[2]
-        storage = self.storage
+        start, count = held.shape[self.axis], new.shape[self.axis]
+        storage, stop = self.storage, start + count
         # What inference mode made can be written to there only.
         ours = storage is not None and storage.is_inference() == torch.is_inference_mode_enabled()
-        if storage is None or not ours or held is not self.held or stop > storage.shape[2]:
-            storage = held.new_empty(*held.shape[:2], stop + stop // _ROOM, held.shape[3])
-            storage[:, :, :start] = held
-        storage[:, :, start:stop] = new
-        self.storage, self.held = storage, storage[:, :, :stop]
+        free = storage is not None and stop <= storage.shape[self.axis]
+        if storage is None or not ours or held is not self.held or not free:
+            shape = list(held.shape)
+            shape[self.axis] = stop + stop // _ROOM
+            storage = held.new_empty(shape)
+            storage.narrow(self.axis, 0, start).copy_(held)
+        storage.narrow(self.axis, start, count).copy_(new)
+        self.storage, self.held = storage, storage.narrow(self.axis, 0, stop)
         return self.held
 
 
@@ -112,7 +116,7 @@ class FullLayer(Stateful, DynamicLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._grown = Growing(), Growing()
+        self._grown = Growing(2), Growing(2)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append; returns all keys and values."""

@@ -38,7 +38,10 @@ def _whole_groups(channels: int, row_bytes: int) -> bool:
 class _Call(Record):
     """Mirrors QuantizedCall in quantized.cpp."""
 
-    _fields_ = (("queries", QueryArg), ("k", PackedArg), ("v", PackedArg))
+    _fields_ = (
+        *(("queries", QueryArg), ("k", PackedArg), ("v", PackedArg)),
+        *(("exact_k", TensorArg), ("exact_v", TensorArg), ("exact", ctypes.c_int32)),
+    )
 
 
 def serves(bits: int, tile: tuple[int, int], dim: int) -> bool:
@@ -54,6 +57,7 @@ def attend_quantized(
     q: Tensor,
     k: PackedArg,
     v: PackedArg,
+    exact: tuple[Tensor, Tensor] | None,
     runs: Tensor | None,
     *,
     kv: tuple[int, int],
@@ -61,12 +65,16 @@ def attend_quantized(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; kv = (heads, length) of the keys.
+    """Out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; kv = (heads, length) of all keys.
 
-    runs as in `decode.decode`.
+    exact: keys and values of the last tokens, in the dtype of q; runs as in `decode.decode`.
     """
     out, lse = results(q, v_dim)
     runs = None if runs is None else runs.contiguous()
     queries = query_arg(q, out, lse, kv, runs, scale=scale, softcap=softcap or 0.0)
-    found.call("quantized", _Call(queries, k, v))
+    call = _Call(queries, k, v)
+    if exact is not None:
+        call.exact_k, call.exact_v = map(TensorArg.of, exact)
+        call.exact = exact[0].shape[2]
+    found.call("quantized", call)
     return out, lse

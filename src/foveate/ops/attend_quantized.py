@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.native.quantized import PackedArg, serves
 from foveate.native.quantized import attend_quantized as attend_packed
 from foveate.ops import reference
+from foveate.ops.api import attend
 from foveate.ops.attend import attend_torch
 from foveate.ops.backend import current, native_for
 from foveate.ops.merge import merge
@@ -18,6 +19,9 @@ from foveate.ops.normalizers import Softmax
 from foveate.ops.quantize import BITS, Quantized, dequantize, tile_of
 from foveate.ops.shapes import Shape, check_causal
 from foveate.ops.tile import default_scale
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 # Numbers that are dequantised at a time, and the most queries that the kernel serves: with more,
 # dequantising once for all of them is faster.
@@ -32,6 +36,7 @@ def attend_quantized(
     *,
     k_bits: int,
     v_bits: int,
+    exact: Pair | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -45,6 +50,7 @@ def attend_quantized(
     *,
     k_bits: int,
     v_bits: int,
+    exact: Pair | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -57,6 +63,7 @@ def attend_quantized(
     *,
     k_bits: int,
     v_bits: int,
+    exact: Pair | None = None,
     causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
@@ -66,17 +73,23 @@ def attend_quantized(
 
     k of x (B, Hkv, Lk, D) with k_bits, v of x (B, Hkv, Lk, Dv) with v_bits; their groups, read off
     the shapes, may differ -> out (B, Hq, Lq, Dv) in the dtype of q, and with `return_lse` the
-    natural log-sum-exp (B, Hq, Lq): `merge` joins both with attention over tokens kept exact.
-    causal: the queries are the last Lq of the Lk tokens. scale defaults to 1/sqrt(D); `softcap`
-    bounds logits. Forward and gradients of q; the kernel rounds queries and weights to 16 bits.
-    Raises TypeError or ValueError for what does not fit together.
+    natural log-sum-exp (B, Hq, Lq). exact: keys (B, Hkv, n, D) and values (B, Hkv, n, Dv) in the
+    dtype of q, tokens that follow. causal: the queries are the last Lq of all tokens. scale
+    defaults to 1/sqrt(D); `softcap` bounds logits. Forward and gradients of q; the kernel rounds
+    what meets codes, queries and weights, to 16 bits. Raises TypeError or ValueError for what does
+    not fit together.
     """
     shape = _check(q, k, v, k_bits, v_bits)
-    check_causal(shape.q_len, shape.k_len, causal)
+    count = 0 if exact is None else _check_exact(q, exact, shape)
+    check_causal(shape.q_len, shape.k_len + count, causal)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     options: dict[str, Any] = {"scale": default_scale(scale, shape.dim), "softcap": softcap}
-    out, lse = _served(q, k, v, (k_bits, v_bits), shape, causal, options)
+    if shape.k_len == 0 and exact is not None:
+        out, lse = attend(q, *exact, causal=causal, return_lse=True, **options)
+    else:
+        exact = exact if count else None
+        out, lse = _served(q, k, v, exact, (k_bits, v_bits), shape, causal, options)
     return (out, lse) if return_lse else out
 
 
@@ -84,6 +97,7 @@ def _served(
     q: Tensor,
     k: Quantized,
     v: Quantized,
+    exact: Pair | None,
     bits: tuple[int, int],
     shape: Shape,
     causal: bool,
@@ -96,20 +110,21 @@ def _served(
         return q.new_zeros(*q.shape[:3], shape.v_dim), lse
     tiles = tile_of(k, bits[0]), tile_of(v, bits[1])
     fits = all(map(serves, bits, tiles, (shape.dim, shape.v_dim)))
-    plain = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (*k, *v))
+    plain = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (*k, *v, *(exact or ())))
     found = native_for(q) if fits and plain and shape.q_len <= _QUERIES else None
     if found is None:
         whole = current() == "reference"
-        return _in_steps(q, k, v, bits, tiles, shape, causal, whole=whole, **options)
+        return _in_steps(q, k, v, exact, bits, tiles, shape, causal, whole=whole, **options)
+    length = shape.k_len + (0 if exact is None else exact[0].shape[2])
     packed_k, packed_v = PackedArg.of(k, bits[0], tiles[0]), PackedArg.of(v, bits[1], tiles[1])
-    kv = (shape.kv_heads, shape.k_len)
-    runs = _causal_runs(shape) if causal and shape.q_len > 1 else None
-    return attend_packed(found, q, packed_k, packed_v, runs, kv=kv, v_dim=shape.v_dim, **options)
+    runs = _causal_runs(shape.q_len, length) if causal and shape.q_len > 1 else None
+    options |= {"kv": (shape.kv_heads, length), "v_dim": shape.v_dim}
+    return attend_packed(found, q, packed_k, packed_v, exact, runs, **options)
 
 
-def _causal_runs(shape: Shape) -> Tensor:
+def _causal_runs(q_len: int, k_len: int) -> Tensor:
     """Runs (1, 1, Lq, 2) of the keys that the last Lq of Lk positions see."""
-    ends = torch.arange(shape.k_len - shape.q_len + 1, shape.k_len + 1, dtype=torch.int32)
+    ends = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32)
     return torch.stack((torch.zeros_like(ends), ends), -1)[None, None]
 
 
@@ -117,6 +132,7 @@ def _in_steps(
     q: Tensor,
     k: Quantized,
     v: Quantized,
+    exact: Pair | None,
     bits: tuple[int, int],
     tiles: tuple[tuple[int, int], tuple[int, int]],
     shape: Shape,
@@ -128,37 +144,39 @@ def _in_steps(
 ) -> tuple[Tensor, Tensor]:
     """Attention over some tokens at a time, dequantised and merged; over all of them if `whole`."""
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
-    past = shape.k_len - shape.q_len
-    q_pos = torch.arange(past, shape.k_len, device=q.device)
+    length = shape.k_len + (0 if exact is None else exact[0].shape[2])
+    past = length - shape.q_len
+    q_pos = torch.arange(past, length, device=q.device)
+    run = reference.attend_reference if whole else attend_torch
+    options: dict[str, Any] = {"mask": None, "bias": None, "scale": scale, "softcap": softcap}
+
+    def attended(keys: Tensor, values: Tensor, lo: int) -> tuple[Tensor, Tensor]:
+        """Attention to the keys from position lo on."""
+        hi = lo + keys.shape[2]
+        cut = causal and hi > past + 1
+        pos = torch.arange(lo, hi, device=q.device)
+        options["q_pos"], options["k_pos"] = (q_pos, pos) if cut else (None, None)
+        found = keys.to(wide.dtype), values.to(wide.dtype)
+        out, lse = run(
+            wide, *found, is_causal=cut, normalizer=Softmax(), return_lse=True, **options
+        )
+        if lse is None:
+            raise RuntimeError("softmax attention gave no lse")
+        return out, lse
+
     group = math.lcm(tiles[0][0], tiles[1][0])
     fit = _CHUNK // (shape.batch * shape.kv_heads * max(shape.dim, shape.v_dim))
     step = shape.k_len if whole else max(1, fit // group) * group
-    run = reference.attend_reference if whole else attend_torch
     parts: list[tuple[Tensor, Tensor]] = []
     for lo in range(0, shape.k_len, step):
         hi = min(lo + step, shape.k_len)
         keys, values = (
-            dequantize(_tokens(x, lo, hi, tile[0]), n, group=tile).to(wide.dtype)
+            dequantize(_tokens(x, lo, hi, tile[0]), n, group=tile)
             for x, n, tile in zip((k, v), bits, tiles, strict=True)
         )
-        cut = causal and hi > past + 1
-        pos = {"q_pos": q_pos, "k_pos": torch.arange(lo, hi, device=q.device)} if cut else {}
-        out, lse = run(
-            wide,
-            keys,
-            values,
-            mask=None,
-            is_causal=cut,
-            scale=scale,
-            bias=None,
-            softcap=softcap,
-            normalizer=Softmax(),
-            return_lse=True,
-            **{"q_pos": None, "k_pos": None, **pos},
-        )
-        if lse is None:
-            raise RuntimeError("softmax attention gave no lse")
-        parts = [merge([*parts, (out, lse)])]
+        parts = [merge([*parts, attended(keys, values, lo)])]
+    if exact is not None:
+        parts = [merge([*parts, attended(*exact, shape.k_len)])]
     return parts[0][0].to(q.dtype), parts[0][1]
 
 
@@ -187,6 +205,19 @@ def _check(q: Tensor, k: Quantized, v: Quantized, k_bits: int, v_bits: int) -> S
     if hkv == 0 or hq % hkv:
         raise ValueError(f"{hq} query heads do not divide evenly over {hkv} kv heads")
     return Shape(b, hq, hkv, lq, lk, d, dims[1])
+
+
+def _check_exact(q: Tensor, exact: Pair, shape: Shape) -> int:
+    """Number of exact tokens; refuses what does not fit the codes."""
+    for name, x, dim in zip("kv", exact, (shape.dim, shape.v_dim), strict=True):
+        length = exact[0].shape[-2]
+        wanted = (shape.batch, shape.kv_heads, length, dim)
+        if x.shape != wanted or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"exact {name} must be {wanted} {q.dtype} on {q.device}, "
+                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+    return exact[0].shape[2]
 
 
 def _check_parts(name: str, x: Quantized, bits: int, q: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cache
 from typing import Any
@@ -242,6 +243,34 @@ def rewind(cls: Any) -> None:
         raise Fault("going back is not refused")
 
 
+def copies(cls: Any) -> None:
+    """A cache and its deep copy go on apart."""
+    from transformers import DynamicCache
+
+    policy, ends = small(cls), [tokens(STEPS, seed) for seed in (1, 2)]
+
+    def begun() -> Any:
+        store = DynamicCache()
+        fed(policy, tokens(PROMPT + STEPS), store=store)
+        return store
+
+    store = begun()
+    together = _continued(policy, [store, copy.deepcopy(store)], ends)
+    for out, end in zip(together, ends, strict=True):
+        close(out, _continued(policy, [begun()], [end])[0])
+
+
+def _continued(policy: CachePolicy, stores: list[Any], ends: list[Tensor]) -> list[Tensor]:
+    """Logits of what follows in each cache; a token is fed to all before the next."""
+    outs: list[list[Tensor]] = [[] for _ in stores]
+    with attach(model(), cache=policy), torch.no_grad():
+        for step in range(STEPS):
+            for store, end, out in zip(stores, ends, outs, strict=True):
+                given = end[:, step : step + 1]
+                out.append(model()(given, past_key_values=store).logits)
+    return [torch.cat(out, 1) for out in outs]
+
+
 def chunked_prompt(cls: Any) -> None:
     """A left-padded row whose prompt comes in two calls gives the logits of the row alone."""
     _chunks_alone(small(cls))
@@ -282,5 +311,6 @@ PROPERTIES: dict[str, Check] = {
     "shared budget": shared_budget,
     "buffer": buffered,
     "rewind": rewind,
+    "copies": copies,
     "configuration": survives_copying,
 }

@@ -39,8 +39,12 @@ struct Task {
 // A lane is what has keys or lists of its own, a kv head or a query head; it has one list for all
 // queries or one for each.
 struct Grid {
-  Grid(const Queries& c, int32_t lanes, int32_t lists, int64_t keys)
-      : lanes(lanes), lists(lists), keys(keys), queries(lists == 1 ? c.q_len : 1) {
+  Grid(const Queries& c, int32_t lanes, int32_t lists, int64_t keys, int64_t border = 0)
+      : lanes(lanes),
+        lists(lists),
+        keys(keys),
+        border(border),
+        queries(lists == 1 ? c.q_len : 1) {
     rows = c.q_heads / lanes * queries;
     blocks = (rows + kTaskRows - 1) / kTaskRows;
     const int64_t tasks = int64_t{c.batch} * lanes * lists * blocks;
@@ -66,6 +70,7 @@ struct Grid {
 
   int32_t lanes, lists;
   int64_t keys;     // positions of a list
+  int64_t border;   // no chunk of keys crosses this position
   int32_t queries;  // that share a list
   int32_t rows, blocks;
   int64_t pieces, count;
@@ -174,8 +179,10 @@ class Decoder {
   void run(const Task& task) {
     start(task);
     source.begin(task, q);
-    for (int64_t at = task.from; at < task.to; at += kChunk) {
-      const int32_t span = static_cast<int32_t>(std::min<int64_t>(kChunk, task.to - at));
+    for (int64_t at = task.from, end; at < task.to; at = end) {
+      end = std::min(at + kChunk, task.to);
+      if (at < grid.border && end > grid.border) end = grid.border;
+      const int32_t span = static_cast<int32_t>(end - at);
       if (!see(task, at, span)) continue;
       const int32_t count = source.load(task, at, span);
       if (count == 0) continue;

@@ -10,21 +10,18 @@
 #include <type_traits>
 
 #include "abi.hpp"
-#include "decode.hpp"
+#include "codes.hpp"
+#include "float_source.hpp"
 #include "words.hpp"
 
 namespace foveate {
-
-// Mirrors PackedArg in quantized.py.
-struct Packed {
-  Tensor codes, scale, zero;          // uint8, bfloat16, int16
-  int32_t bits, tokens, channels;     // of a group: 1 token or 1 channel
-};
 
 // Mirrors QuantizedCall in quantized.py.
 struct QuantizedCall {
   Queries queries;
   Packed k, v;
+  Tensor exact_k, exact_v;  // tokens in floating point that follow
+  int32_t exact;            // their number
 };
 
 namespace {
@@ -49,124 +46,6 @@ void with_constants(int bits, int planes, int rows, F&& f) {
   if (bits == 2 && planes == 1) by_rows(Int<2>{}, Int<1>{});
   if (bits == 2 && planes == 2) by_rows(Int<2>{}, Int<2>{});
   if (bits == 2 && planes == 4) by_rows(Int<2>{}, Int<4>{});
-}
-
-// The codes of a chunk, packed as they are, with the scales of their groups. Plane p of a row is
-// what the bits from p * bits of its bytes hold: channels p * bytes and up. A group is some whole
-// planes or a part of one.
-class Codes {
- public:
-  Codes(const Packed& packed, int32_t dim)
-      : packed(packed),
-        per_token(packed.tokens == 1),
-        groups(per_token ? dim / packed.channels : 1),
-        width(dim / groups),
-        bytes(dim * packed.bits / 8),
-        pitch((bytes + kWords - 1) / kWords * kWords),
-        planes(std::max(width / bytes, 1)),
-        factors(per_token ? int64_t{groups} * kChunk : padded(dim) + kWords),
-        memory(size_t(factors) * 8 + (whole() ? 0 : size_t(kChunk) * pitch)) {
-    scale = memory.as<float>();
-    shift = scale + factors;
-    copies = reinterpret_cast<uint8_t*>(shift + factors);
-    std::fill(scale, shift + factors, 0.0f);
-    if (!whole()) std::fill(copies, copies + kChunk * pitch, uint8_t{0});
-  }
-
-  // Whether rows are whole vectors of bytes.
-  bool whole() const { return pitch == bytes; }
-
-  // Room for a number for each code of a row.
-  int64_t stride() const { return int64_t{8 / packed.bits} * pitch; }
-
-  int32_t first_plane(int g) const { return g * width / bytes; }
-  int32_t first_byte(int g) const { return g * width % bytes; }
-  int32_t end_byte(int g) const {
-    return planes > 1 || width == bytes ? pitch : first_byte(g) + width;
-  }
-
-  void begin(int64_t b, int64_t head) {
-    base = b * packed.codes.batch + head * packed.codes.head;
-    scale_base = b * packed.scale.batch + head * packed.scale.head;
-    zero_base = b * packed.zero.batch + head * packed.zero.head;
-  }
-
-  // Turns to the chunk [from, from + count). Rows that are not whole vectors are copied.
-  void turn_to(int64_t from, int32_t count) {
-    rows = static_cast<const uint8_t*>(packed.codes.data) + base + from * packed.codes.row;
-    row_step = packed.codes.row;
-    if (whole()) return;
-    for (int32_t j = 0; j < count; ++j)
-      std::memcpy(copies + j * pitch, rows + j * row_step, bytes);
-    rows = copies;
-    row_step = pitch;
-  }
-
-  const uint8_t* row(int32_t key) const { return rows + key * row_step; }
-
-  // scale and scale * zero of every token: (groups, kChunk).
-  void token_factors(int64_t from, int32_t count) {
-    for (int g = 0; g < groups; ++g)
-      factors_of(from, g, count, packed.scale.row, packed.zero.row, g * kChunk);
-  }
-
-  // scale and scale * zero of every channel, in the group of a token.
-  void channel_factors(int64_t token, int32_t dim) {
-    factors_of(token / packed.tokens, 0, dim, 1, 1, 0);
-  }
-
-  // Keys of the chunk [from, from + count) that share factors, from key `at` on.
-  int32_t segment_end(int64_t from, int32_t at, int32_t count) const {
-    if (per_token) return count;
-    const int64_t next = ((from + at) / packed.tokens + 1) * packed.tokens;
-    return static_cast<int32_t>(std::min<int64_t>(count, next - from));
-  }
-
-  const Packed& packed;
-  bool per_token;
-  int32_t groups, width;          // of a row; channels of a group
-  int32_t bytes, pitch, planes;   // of a row; whole vectors of them; of a group
-  float *scale, *shift;
-
- private:
-  void factors_of(int64_t row, int64_t column, int32_t count, int64_t scale_step,
-                  int64_t zero_step, int64_t to) {
-    const uint16_t* s = static_cast<const uint16_t*>(packed.scale.data) + scale_base +
-                        row * packed.scale.row + column;
-    const int16_t* z = static_cast<const int16_t*>(packed.zero.data) + zero_base +
-                       row * packed.zero.row + column;
-    if (scale_step == 1 && zero_step == 1) return convert(s, z, 1, 1, count, to);
-    convert(s, z, scale_step, zero_step, count, to);
-  }
-
-  // Inlined twice: steps of 1 are known to the compiler, which then uses vectors.
-  __attribute__((always_inline)) void convert(const uint16_t* s, const int16_t* z, int64_t s_step,
-                                              int64_t z_step, int32_t count, int64_t to) {
-    float *__restrict scales = scale + to, *__restrict shifts = shift + to;
-    for (int32_t i = 0; i < count; ++i) {
-      scales[i] = of_bfloat16(s[i * s_step]);
-      shifts[i] = scales[i] * static_cast<float>(z[i * z_step]);
-    }
-  }
-
-  int64_t base = 0, scale_base = 0, zero_base = 0, factors;
-  Scratch memory;
-  uint8_t* copies;
-  const uint8_t* rows = nullptr;
-  int64_t row_step = 0;
-};
-
-// Writes x (count) as words in steps of the result, none larger than `most`.
-float to_words(const float* x, int32_t count, float most, int16_t* words) {
-  Vec size = splat(0.0f);
-  for (int32_t i = 0; i < count; i += kWidth) {
-    const Vec at = load(x + i), positive = at < 0.0f ? -at : at;
-    size = positive > size ? positive : size;
-  }
-  const float largest = max_lane(size);
-  const float inverse = largest > 1e-33f ? most / largest : 0.0f;  // else it may be infinite
-  for (int32_t i = 0; i < count; i += kWidth) store_words(words + i, load(x + i) * inverse);
-  return largest / most;
 }
 
 class QuantizedSource {
@@ -424,6 +303,32 @@ class QuantizedSource {
   float weight_step[kTileRows], weight_taken[kTileRows];
 };
 
+// Codes up to a border, then tokens in floating point; no chunk has both.
+class CacheSource {
+ public:
+  CacheSource(const QuantizedCall& call, const DecodeCall& tail, int64_t border)
+      : codes(call), exact(tail), border(border) {}
+
+  void begin(const Task& task, const float* queries) {
+    codes.begin(task, queries);
+    exact.begin(task, queries);
+  }
+
+  int32_t load(const Task& task, int64_t from, int32_t count) {
+    coded = from < border;
+    return coded ? codes.load(task, from, count) : exact.load(task, from - border, count);
+  }
+
+  void logits(const Tile& t) { coded ? codes.logits(t) : exact.logits(t); }
+  void values(const Tile& t) { coded ? codes.values(t) : exact.values(t); }
+
+ private:
+  QuantizedSource codes;
+  FloatSource exact;
+  int64_t border;
+  bool coded = true;
+};
+
 }  // namespace
 }  // namespace foveate
 
@@ -431,7 +336,13 @@ FOVEATE_EXPORT int32_t foveate_quantized(const foveate::QuantizedCall* call, int
   using namespace foveate;
   return guarded(call, size, [](const QuantizedCall& call) {
     const Queries& c = call.queries;
-    const Grid grid(c, c.kv_heads, 1, c.k_len);
-    return decode_all(c, grid, [&] { return QuantizedSource(call); });
+    const int64_t border = c.k_len - call.exact;
+    const Grid grid(c, c.kv_heads, 1, c.k_len, border);
+    if (call.exact == 0) return decode_all(c, grid, [&] { return QuantizedSource(call); });
+    DecodeCall tail{};
+    tail.queries = c;
+    tail.k = call.exact_k;
+    tail.v = call.exact_v;
+    return decode_all(c, grid, [&] { return CacheSource(call, tail, border); });
   });
 }
