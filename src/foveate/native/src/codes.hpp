@@ -57,16 +57,18 @@ class Codes {
 
   // Turns to the chunk [from, from + count). Rows that are not whole vectors are copied.
   void turn_to(int64_t from, int32_t count) {
-    rows = static_cast<const uint8_t*>(packed.codes.data) + base + from * packed.codes.row;
-    row_step = packed.codes.row;
-    if (whole()) return;
-    for (int32_t j = 0; j < count; ++j)
-      std::memcpy(copies + j * pitch, rows + j * row_step, bytes);
-    rows = copies;
-    row_step = pitch;
+    const int64_t step = packed.codes.row;
+    const uint8_t* rows = static_cast<const uint8_t*>(packed.codes.data) + base + from * step;
+    for (int32_t j = 0; j < count; ++j) {
+      row[j] = whole() ? rows + j * step : copies + j * pitch;
+      if (!whole()) std::memcpy(copies + j * pitch, rows + j * step, bytes);
+    }
+    std::fill(row + count, row + count + kWidth, row[count - 1]);
+    next_chunk = whole() ? kChunk * step : 0;
   }
 
-  const uint8_t* row(int32_t key) const { return rows + key * row_step; }
+  const uint8_t* row[kChunk + kWidth];  // of a key; past the last one that one again
+  int64_t next_chunk = 0;               // bytes to the row of the same key of the next chunk
 
   // scale and scale * zero of every token: (groups, kChunk).
   void token_factors(int64_t from, int32_t count) {
@@ -116,12 +118,10 @@ class Codes {
   int64_t base = 0, scale_base = 0, zero_base = 0, factors;
   Scratch memory;
   uint8_t* copies;
-  const uint8_t* rows = nullptr;
-  int64_t row_step = 0;
 };
 
 // Writes x (count) as words in steps of the result, none larger than `most`.
-float to_words(const float* x, int32_t count, float most, int16_t* words) {
+inline float to_words(const float* x, int32_t count, float most, int16_t* words) {
   Vec size = splat(0.0f);
   for (int32_t i = 0; i < count; i += kWidth) {
     const Vec at = load(x + i), positive = at < 0.0f ? -at : at;

@@ -13,7 +13,7 @@
 
 namespace foveate {
 
-constexpr int kChunk = 64;      // keys between two updates of the running maximum
+constexpr int kChunk = 256;     // keys between two updates of the running maximum
 constexpr int kPiece = 1024;    // keys of a task, where there are few tasks
 constexpr int kFewTasks = 64;   // so many tasks are enough for any number of threads
 constexpr int kTaskRows = 32;   // rows of a task

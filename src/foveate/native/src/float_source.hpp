@@ -51,7 +51,7 @@ class Rows {
     // of the next chunk, where keys lie in a row.
     const int32_t read = static_cast<int32_t>(padded(count));
     std::fill(at + count, at + read, at[count - 1]);
-    for (int32_t i = read; i < count + kStep; ++i)
+    for (int32_t i = read; i < read + kStep; ++i)
       at[i] = copies ? at[count - 1] : at[count - 1] + (i - count + 1) * x.row;
   }
 
@@ -124,6 +124,8 @@ class FloatSource {
     for (int32_t j = 0; j < t.count; j += kWidth) {
       Vec sums[R][kWidth];
       for (int i = 0; i < kWidth; ++i) {
+        for (int64_t d = 0; d < k.stride; d += 16)
+          __builtin_prefetch(k.at[j + i + kStep] + d);
         Vec acc[kStrip][R] = {};
         int64_t d = 0;
         for (; d + kStrip * kWidth <= k.stride; d += kStrip * kWidth)

@@ -27,6 +27,7 @@ struct QuantizedCall {
 namespace {
 
 constexpr float kLargest = 32767.0f;
+static_assert(int64_t{kChunk} * 255 * 32767 < int64_t{1} << 31, "sums over a chunk fit 32 bits");
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -111,10 +112,10 @@ class QuantizedSource {
       std::fill(sums, sums + t.rows * v.stride(), 0.0f);
     }
     const int64_t out_stride = v.whole() ? padded(c.v_dim) : v.stride();
-    // So many sums of three rows stay in registers.
-    const int at_once = t.rows == 4 ? 2 : 4, planes = std::min(v.planes, at_once);
+    // So many sums of each row stay in registers.
+    const int planes = std::min(v.planes, t.rows > 2 ? 2 : 4);
     with_constants(v.packed.bits, planes, t.rows, [&](auto bits, auto planes, auto rows) {
-      constexpr int positions = (rows == 4 ? 2 : 4) / planes;
+      constexpr int positions = (rows > 2 ? 2 : 4) / planes;
       for (int32_t at = 0, end; at < t.count; at = end) {
         end = v.segment_end(start, at, t.count);
         if (!v.per_token) v.channel_factors(start + at, c.v_dim);
@@ -169,12 +170,11 @@ class QuantizedSource {
   // Logits of the keys [from, to), `from` a multiple of kWidth.
   template <int Bits, int Planes, int R>
   void logits_of(const Tile& t, int32_t from, int32_t to) {
-    constexpr int K = R == 4 ? 2 : 4;
-    for (int32_t j = from; j < to; j += kWidth)
-      for (int g = 0; g < k.groups; ++g) {
+    for (int g = 0; g < k.groups; ++g) {
+      const int32_t plane = k.first_plane(g), first = k.first_byte(g), end = k.end_byte(g);
+      for (int32_t j = from; j < to; j += kWidth) {
         IntVec sums[R][kWidth];
-        for (int i = 0; i < kWidth; i += K)
-          products<Bits, Planes, R, K>(t, j + i, to - 1, g, &sums[0][i]);
+        products<Bits, Planes, R>(t, j, plane, first, end, sums);
         for (int r = 0; r < R; ++r) {
           const int at = (t.first + r) * k.groups + g;
           const Vec sum = __builtin_convertvector(sum_each(sums[r]), Vec) * step[at];
@@ -188,33 +188,36 @@ class QuantizedSource {
           }
         }
       }
+    }
   }
 
-  // Sums of products of K keys and R rows over the channels of a group, not yet across lanes. In
-  // the place of keys past the last one that one is read.
-  template <int Bits, int Planes, int R, int K>
-  void products(const Tile& t, int32_t key, int32_t last, int g, IntVec* sums) const {
-    IntVec acc[K][R] = {};
-    const uint8_t* codes[K];
-    for (int n = 0; n < K; ++n) codes[n] = k.row(std::min(key + n, last));
-    const int32_t plane = k.first_plane(g), end = k.end_byte(g);
+  // Sums of products of kWidth keys and R rows over the channels of a group, in the bytes
+  // [first, end) of the planes from `plane` on; not yet across lanes.
+  template <int Bits, int Planes, int R>
+  void products(const Tile& t, int32_t key, int32_t plane, int32_t first, int32_t end,
+                IntVec (&sums)[R][kWidth]) const {
     const int16_t* rows = words + t.first * k.stride() + plane * k.pitch;
-    const int shift = plane * Bits;
-    for (int32_t i = k.first_byte(g); i < end; i += kWords) {
+    for (int n = 0; n < kWidth; n += 2) {
+      IntVec acc[2][R] = {};
+      const uint8_t* codes[2] = {k.row[key + n], k.row[key + n + 1]};
+      for (int32_t i = first; i < end; i += kWords)
+#pragma GCC unroll 2
+        for (int m = 0; m < 2; ++m) {
+          __builtin_prefetch(codes[m] + i + k.next_chunk);
+          const Words bytes = from_plane<Bits, Planes>(load_bytes(codes[m] + i), plane);
 #pragma GCC unroll 4
-      for (int n = 0; n < K; ++n) {
-        const Words bytes = load_bytes(codes[n] + i) >> shift;
+          for (int p = 0; p < Planes; ++p) {
+            const Words code = codes_of<Bits>(bytes, p);
 #pragma GCC unroll 4
-        for (int p = 0; p < Planes; ++p) {
-          const Words code = codes_of<Bits>(bytes, p);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r)
-            acc[n][r] += pair_products(code, load_words(rows + r * k.stride() + p * k.pitch + i));
+            for (int r = 0; r < R; ++r)
+              acc[m][r] += pair_products(code, load_words(rows + r * k.stride() + p * k.pitch + i));
+          }
         }
-      }
+#pragma GCC unroll 2
+      for (int m = 0; m < 2; ++m)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][n + m] = acc[m][r];
     }
-    for (int n = 0; n < K; ++n)
-      for (int r = 0; r < R; ++r) sums[r * kWidth + n] = acc[n][r];
   }
 
   // Weights of a row for the keys [from, to) as words, with what zeros take away.
@@ -245,9 +248,10 @@ class QuantizedSource {
   void strip(const Tile& t, int64_t out_stride, int32_t from, int32_t to, int32_t plane,
              int32_t i) const {
     IntVec acc[R][Planes][N] = {};
-    const int shift = plane * Bits;
     for (int32_t j = from; j < to; j += 2) {
-      const uint8_t *x = v.row(j) + i, *y = v.row(std::min(j + 1, to - 1)) + i;
+      const uint8_t *x = v.row[j] + i, *y = v.row[j + 1] + i;
+      __builtin_prefetch(x + v.next_chunk);
+      __builtin_prefetch(y + v.next_chunk);
       Words weight[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -257,7 +261,8 @@ class QuantizedSource {
       }
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const Words bytes = load_byte_pairs(x + n * kWidth, y + n * kWidth) >> shift;
+        const Words bytes =
+            from_plane<Bits, Planes>(load_byte_pairs(x + n * kWidth, y + n * kWidth), plane);
 #pragma GCC unroll 4
         for (int p = 0; p < Planes; ++p) {
           const Words code = codes_of<Bits>(bytes, p);

@@ -78,11 +78,17 @@ inline Words load_byte_pairs(const uint8_t* x, const uint8_t* y) {
 #endif
 }
 
+// Words that hold bytes, moved so that the codes of a plane are the lowest. All planes start at 0.
+template <int Bits, int Planes>
+inline Words from_plane(Words bytes, int plane) {
+  return Bits * Planes == 8 ? bytes : bytes >> plane * Bits;
+}
+
 // Codes of Bits that lie `plane` * Bits above the lowest of words that hold bytes.
 template <int Bits>
 inline Words codes_of(Words bytes, int plane) {
-  const Words mask = Words{} + int16_t{(1 << Bits) - 1};
-  return Bits == 8 ? bytes : (bytes >> plane * Bits) & mask;
+  const Words moved = bytes >> plane * Bits;
+  return (plane + 1) * Bits == 8 ? moved : moved & (Words{} + int16_t{(1 << Bits) - 1});
 }
 
 }  // namespace foveate
