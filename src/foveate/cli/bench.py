@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,10 @@ app.add_typer(bench_app, name="bench")
 @bench_app.command()
 def basics(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of each pair.")] = 5,
+    only: Annotated[str, typer.Option(help="Some parts, like attach,dense.")] = "",
 ) -> None:
     """Overhead of attaching, gain of block sparsity, cost of selection, import time, memory."""
+    from foveate.bench.basics import Line
     from foveate.bench.basics import measure as basic_lines
     from foveate.hf import builtin
     from foveate.hf.text import builtin_text, encode
@@ -27,12 +30,23 @@ def basics(
 
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
-    with err.status("measuring"):
-        loaded, tokenizer = builtin.load(None, progress=err.log)
-        ids = encode(tokenizer, builtin_text(), 8000)
-        lines = list(basic_lines(loaded, ids, rounds))
-    head = ("bar met", "bar", "measured", "what")
-    out.print(grid(head, [("yes" if x.met else "NO", x.bar, x.figure, x.name) for x in lines]))
+
+    @cache
+    def load() -> tuple[Any, Any]:
+        model, tokenizer = builtin.load(None, progress=err.log)
+        return model, encode(tokenizer, builtin_text(), 8000)
+
+    lines: list[Line] = []
+    try:
+        with err.status("measuring, some minutes in all") as status:
+            for line in basic_lines(load, rounds, tuple(filter(None, only.split(",")))):
+                lines.append(line)
+                status.update(f"measuring; last: {line.name}: {line.figure}")
+    finally:  # what is measured is shown, whatever ends the rest
+        if lines:
+            head = ("bar met", "bar", "measured", "what")
+            rows = [("yes" if x.met else "NO", x.bar, x.figure, x.name) for x in lines]
+            out.print(grid(head, rows))
 
 
 @bench_app.command()

@@ -57,22 +57,27 @@ class EvictionLayer(PolicyLayer):
     def _appended(self, valid: Tensor | None) -> Slots:
         """The slots and the new tokens, of which valid (B, l) are none of padding."""
         k = self._new["k"]
-        rows, heads, length = k.shape[:3]
+        rows, heads = k.shape[:2]
         if self.slots is None:
             count = rows * heads
             empty = {n: x.new_empty(count, 0, *x.shape[3:]) for n, x in self._new.items()}
             empty |= {n: k.new_empty(count, 0, dtype=torch.float32) for n in self.policy.notes}
             self.slots = Slots(empty, [0] * count)
             self.real = [0] * rows
-        new = dict(self._new)
-        if self.policy.notes:
+        new = self._new | self._noted(valid)
+        return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()}, self._join)
+
+    def _noted(self, valid: Tensor | None) -> Packed:
+        """Notes (B, Hkv, l) of the new tokens: what is known of them, 0 under other names."""
+        k = self._new["k"]
+        rows, heads, length = k.shape[:3]
+        notes = dict.fromkeys(self.policy.notes, k.new_zeros(rows, length, dtype=torch.float32))
+        if "position" in notes or "count" in notes:
             real = k.new_ones(rows, length, dtype=torch.bool) if valid is None else valid
             start = torch.tensor(self.real, device=k.device)[:, None] - 1
             known = {"position": real.cumsum(1) + start, "count": real}
-            for name in self.policy.notes:
-                note = known.get(name, torch.zeros_like(real)).float()
-                new[name] = note[:, None].expand(-1, heads, -1)
-        return self.slots.append({n: x.flatten(0, 1) for n, x in new.items()}, self._join)
+            notes |= {name: x.float() for name, x in known.items() if name in notes}
+        return {name: x[:, None].expand(-1, heads, -1) for name, x in notes.items()}
 
     def _join(self, name: str, held: Tensor, new: Tensor) -> Tensor:
         """Keys and values grow in place after the first call, unless gradients are wanted."""

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from foveate.native.quantized import PackedArg, serves
 from foveate.native.quantized import attend_quantized as attend_packed
-from foveate.ops import reference
 from foveate.ops.api import attend
-from foveate.ops.attend import attend_torch
 from foveate.ops.backend import current, native_for
 from foveate.ops.merge import merge
-from foveate.ops.normalizers import Softmax
 from foveate.ops.quantize import BITS, Quantized, dequantize, tile_of
 from foveate.ops.shapes import Shape, check_causal
 from foveate.ops.tile import default_scale
@@ -113,8 +110,7 @@ def _served(
     plain = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (*k, *v, *(exact or ())))
     found = native_for(q) if fits and plain and shape.q_len <= _QUERIES else None
     if found is None:
-        whole = current() == "reference"
-        return _in_steps(q, k, v, exact, bits, tiles, shape, causal, whole=whole, **options)
+        return _in_steps(q, k, v, exact, bits, tiles, shape, causal, options)
     length = shape.k_len + (0 if exact is None else exact[0].shape[2])
     packed_k, packed_v = PackedArg.of(k, bits[0], tiles[0]), PackedArg.of(v, bits[1], tiles[1])
     runs = _causal_runs(shape.q_len, length) if causal and shape.q_len > 1 else None
@@ -137,36 +133,24 @@ def _in_steps(
     tiles: tuple[tuple[int, int], tuple[int, int]],
     shape: Shape,
     causal: bool,
-    *,
-    whole: bool,
-    scale: float,
-    softcap: float | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Attention over some tokens at a time, dequantised and merged; over all of them if `whole`."""
+    """Attention over some tokens at a time, dequantised and merged; by the reference over all."""
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     length = shape.k_len + (0 if exact is None else exact[0].shape[2])
     past = length - shape.q_len
     q_pos = torch.arange(past, length, device=q.device)
-    run = reference.attend_reference if whole else attend_torch
-    options: dict[str, Any] = {"mask": None, "bias": None, "scale": scale, "softcap": softcap}
 
     def attended(keys: Tensor, values: Tensor, lo: int) -> tuple[Tensor, Tensor]:
         """Attention to the keys from position lo on."""
-        hi = lo + keys.shape[2]
-        cut = causal and hi > past + 1
-        pos = torch.arange(lo, hi, device=q.device)
-        options["q_pos"], options["k_pos"] = (q_pos, pos) if cut else (None, None)
+        cut = causal and lo + keys.shape[2] > past + 1
         found = keys.to(wide.dtype), values.to(wide.dtype)
-        out, lse = run(
-            wide, *found, is_causal=cut, normalizer=Softmax(), return_lse=True, **options
-        )
-        if lse is None:
-            raise RuntimeError("softmax attention gave no lse")
-        return out, lse
+        at = q_pos - lo if cut else None
+        return attend(wide, *found, causal=cut, q_pos=at, return_lse=True, **options)
 
     group = math.lcm(tiles[0][0], tiles[1][0])
     fit = _CHUNK // (shape.batch * shape.kv_heads * max(shape.dim, shape.v_dim))
-    step = shape.k_len if whole else max(1, fit // group) * group
+    step = shape.k_len if current() == "reference" else max(1, fit // group) * group
     parts: list[tuple[Tensor, Tensor]] = []
     for lo in range(0, shape.k_len, step):
         hi = min(lo + step, shape.k_len)

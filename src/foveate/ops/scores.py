@@ -235,7 +235,8 @@ def _observed(
         count += rows.numel()
     if total is None:
         return q.new_zeros(q.shape[1], lk, dtype=torch.float32)
-    total = total.masked_fill(torch.isinf(total), 0.0)  # raw logits of a key that no query saw
+    if not softmax:
+        total = total.masked_fill(torch.isinf(total), 0.0)  # raw logits of a key that no query saw
     return total / count if over == "mean" else total
 
 
