@@ -80,8 +80,8 @@ class EvictionLayer(PolicyLayer):
         return {name: x[:, None].expand(-1, heads, -1) for name, x in notes.items()}
 
     def _join(self, name: str, held: Tensor, new: Tensor) -> Tensor:
-        """Keys and values grow in place after the first call, unless gradients are wanted."""
-        if name not in self._new or not held.shape[1] or torch.is_grad_enabled():
+        """Keys and values grow in place; notes are replaced after every call."""
+        if name not in self._new:
             return torch.cat([held, new], 1)
         return self._growing.setdefault(name, Growing(1)).appended(held, new)
 

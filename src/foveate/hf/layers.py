@@ -92,8 +92,13 @@ class Growing:
         self.storage: Tensor | None = None
 
     def appended(self, held: Tensor, new: Tensor) -> Tensor:
-        """`held` followed by `new`; copies `held` unless it is what was returned last."""
+        """`held` followed by `new`; copies `held` unless it is what was returned last.
+
+        The first tokens are held without room, and where gradients are wanted nothing is written.
+        """
         start, count = held.shape[self.axis], new.shape[self.axis]
+        if not start or torch.is_grad_enabled():
+            return torch.cat([held, new], self.axis)
         storage, stop = self.storage, start + count
         # What inference mode made can be written to there only.
         ours = storage is not None and storage.is_inference() == torch.is_inference_mode_enabled()
@@ -120,7 +125,7 @@ class FullLayer(Stateful, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append; returns all keys and values."""
-        if torch.is_grad_enabled() or not self.get_seq_length():
+        if not self.get_seq_length():
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values = self._grown
         self.keys = keys.appended(self.keys, key_states)

@@ -77,15 +77,17 @@ def attend_quantized(
     not fit together.
     """
     shape = _check(q, k, v, k_bits, v_bits)
-    count = 0 if exact is None else _check_exact(q, exact, shape)
-    check_causal(shape.q_len, shape.k_len + count, causal)
+    if exact is not None:
+        shape = _check_exact(q, exact, shape)
+    check_causal(shape.q_len, shape.k_len, causal)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     options: dict[str, Any] = {"scale": default_scale(scale, shape.dim), "softcap": softcap}
-    if shape.k_len == 0 and exact is not None:
+    coded = k.codes.shape[2]
+    if coded == 0 and exact is not None:
         out, lse = attend(q, *exact, causal=causal, return_lse=True, **options)
     else:
-        exact = exact if count else None
+        exact = exact if coded < shape.k_len else None
         out, lse = _served(q, k, v, exact, (k_bits, v_bits), shape, causal, options)
     return (out, lse) if return_lse else out
 
@@ -111,16 +113,15 @@ def _served(
     found = native_for(q) if fits and plain and shape.q_len <= _QUERIES else None
     if found is None:
         return _in_steps(q, k, v, exact, bits, tiles, shape, causal, options)
-    length = shape.k_len + (0 if exact is None else exact[0].shape[2])
     packed_k, packed_v = PackedArg.of(k, bits[0], tiles[0]), PackedArg.of(v, bits[1], tiles[1])
-    runs = _causal_runs(shape.q_len, length) if causal and shape.q_len > 1 else None
-    options |= {"kv": (shape.kv_heads, length), "v_dim": shape.v_dim}
+    runs = _causal_runs(shape) if causal and shape.q_len > 1 else None
+    options |= {"kv": (shape.kv_heads, shape.k_len), "v_dim": shape.v_dim}
     return attend_packed(found, q, packed_k, packed_v, exact, runs, **options)
 
 
-def _causal_runs(q_len: int, k_len: int) -> Tensor:
+def _causal_runs(shape: Shape) -> Tensor:
     """Runs (1, 1, Lq, 2) of the keys that the last Lq of Lk positions see."""
-    ends = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32)
+    ends = torch.arange(shape.k_len - shape.q_len + 1, shape.k_len + 1, dtype=torch.int32)
     return torch.stack((torch.zeros_like(ends), ends), -1)[None, None]
 
 
@@ -137,9 +138,8 @@ def _in_steps(
 ) -> tuple[Tensor, Tensor]:
     """Attention over some tokens at a time, dequantised and merged; by the reference over all."""
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
-    length = shape.k_len + (0 if exact is None else exact[0].shape[2])
-    past = length - shape.q_len
-    q_pos = torch.arange(past, length, device=q.device)
+    coded, past = k.codes.shape[2], shape.k_len - shape.q_len
+    q_pos = torch.arange(past, shape.k_len, device=q.device)
 
     def attended(keys: Tensor, values: Tensor, lo: int) -> tuple[Tensor, Tensor]:
         """Attention to the keys from position lo on."""
@@ -150,17 +150,17 @@ def _in_steps(
 
     group = math.lcm(tiles[0][0], tiles[1][0])
     fit = _CHUNK // (shape.batch * shape.kv_heads * max(shape.dim, shape.v_dim))
-    step = shape.k_len if current() == "reference" else max(1, fit // group) * group
+    step = coded if current() == "reference" else max(1, fit // group) * group
     parts: list[tuple[Tensor, Tensor]] = []
-    for lo in range(0, shape.k_len, step):
-        hi = min(lo + step, shape.k_len)
+    for lo in range(0, coded, step):
+        hi = min(lo + step, coded)
         keys, values = (
             dequantize(_tokens(x, lo, hi, tile[0]), n, group=tile)
             for x, n, tile in zip((k, v), bits, tiles, strict=True)
         )
         parts = [merge([*parts, attended(keys, values, lo)])]
     if exact is not None:
-        parts = [merge([*parts, attended(*exact, shape.k_len)])]
+        parts = [merge([*parts, attended(*exact, coded)])]
     return parts[0][0].to(q.dtype), parts[0][1]
 
 
@@ -191,8 +191,8 @@ def _check(q: Tensor, k: Quantized, v: Quantized, k_bits: int, v_bits: int) -> S
     return Shape(b, hq, hkv, lq, lk, d, dims[1])
 
 
-def _check_exact(q: Tensor, exact: Pair, shape: Shape) -> int:
-    """Number of exact tokens; refuses what does not fit the codes."""
+def _check_exact(q: Tensor, exact: Pair, shape: Shape) -> Shape:
+    """Sizes with the exact tokens; refuses what does not fit the codes."""
     for name, x, dim in zip("kv", exact, (shape.dim, shape.v_dim), strict=True):
         length = exact[0].shape[-2]
         wanted = (shape.batch, shape.kv_heads, length, dim)
@@ -201,7 +201,7 @@ def _check_exact(q: Tensor, exact: Pair, shape: Shape) -> int:
                 f"exact {name} must be {wanted} {q.dtype} on {q.device}, "
                 f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    return exact[0].shape[2]
+    return shape._replace(k_len=shape.k_len + exact[0].shape[2])
 
 
 def _check_parts(name: str, x: Quantized, bits: int, q: Tensor) -> int:
